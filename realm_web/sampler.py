@@ -1,0 +1,252 @@
+"""Sampling parameters and the host twin of the sampler that runs on the device.
+
+The device draws in integers, so that the same seed gives the same token on every backend: probabilities
+become masses of 2**-30, the filters are thresholds, and the draw is one integer comparison.
+`sample_reference` states that algorithm in plain Python and is the oracle for every device kernel. In order
+(the order of vLLM): logit bias, penalties, temperature, min-p, top-k, top-p, draw.
+
+This module knows neither a device nor a request; it does not choose a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from .errors import RequestError
+
+MASS_BITS = 30  # one is 2**30: the sum of all masses still fits a u32
+GREEDY_BELOW = 1e-4  # a lower temperature cannot be told from zero and would overflow f32 in logit / T
+_U32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends; every field is checked on creation.
+
+    The defaults sample from the model's own distribution: each filter is off. Token ids are only checked
+    for being ids at all: call `check_vocabulary` once the vocabulary is known.
+
+    >>> SamplingParams(temperature=0).greedy
+    True
+    """
+
+    temperature: float = 1.0  # 0 is greedy, as is anything below 1e-4 (stored as 0.0)
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens that together have this probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
+    repetition_penalty: float = 1.0  # over prompt and output: logit > 0 is divided, others multiplied
+    presence_penalty: float = 0.0  # subtracted once from the logit of every token of the output
+    frequency_penalty: float = 0.0  # subtracted once for every occurrence in the output
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added before the penalties
+    seed: int | None = None  # None: the engine picks one
+    max_tokens: int | None = None  # None: until the context is full
+    stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False  # go on after the model's end-of-generation tokens
+
+    def __post_init__(self) -> None:
+        self._store("temperature", self._number("temperature", 0.0, 100.0))
+        self._store("top_p", self._number("top_p", 0.0, 1.0, open_low=True))
+        self._store("min_p", self._number("min_p", 0.0, 1.0))
+        self._store("repetition_penalty", self._number("repetition_penalty", 0.01, 100.0))
+        self._store("presence_penalty", self._number("presence_penalty", -2.0, 2.0))
+        self._store("frequency_penalty", self._number("frequency_penalty", -2.0, 2.0))
+        self._integer("top_k", 0, 2**31 - 1)
+        self._integer("seed", 0, _U32, optional=True)
+        self._integer("max_tokens", 1, 2**31 - 1, optional=True)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: give true or false")
+        if self.temperature < GREEDY_BELOW:
+            self._store("temperature", 0.0)
+        self._check_stops()
+        self._check_logit_bias()
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, object]) -> SamplingParams:
+        """Parameters from outside (JSON, a command line); a RequestError names an unknown key."""
+        allowed = [f.name for f in fields(cls)]
+        unknown = [name for name in options if name not in allowed]
+        if unknown:
+            raise RequestError(f"unknown sampling parameter {unknown[0]!r}: use {', '.join(allowed)}")
+        return cls(**options)  # type: ignore[arg-type]
+
+    @property
+    def greedy(self) -> bool:
+        """Take the most likely token, ties to the lowest id; filters and seed are without effect."""
+        return self.temperature == 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def check_vocabulary(self, n_vocab: int) -> None:
+        """RequestError when logit_bias or stop_token_ids name a token outside of the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token_id in ids:
+                if token_id >= n_vocab:
+                    raise RequestError(
+                        f"{name} names token {token_id}: this model has tokens 0 to {n_vocab - 1}"
+                    )
+
+    def _store(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> float:
+        return _number(name, getattr(self, name), low, high, open_low=open_low)
+
+    def _integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        _integer(name, value, low, high, or_none=" or none" if optional else "")
+
+    def _check_stops(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop holds {text!r}: give strings that are not empty")
+        self._store("stop", stops)
+        stop_ids = _sequence("stop_token_ids", self.stop_token_ids)
+        for token_id in stop_ids:
+            _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        self._store("stop_token_ids", stop_ids)
+
+    def _check_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}: give a mapping of token id to bias")
+        bias = {}
+        for token_id, value in self.logit_bias.items():
+            _integer("logit_bias", token_id, 0, 2**31 - 1)
+            bias[token_id] = _number(f"logit_bias of token {token_id}", value, -100.0, 100.0)
+        self._store("logit_bias", bias)
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} is {value!r}: give a number {_range(low, high, open_low)}")
+    # Written so that NaN fails it; an int too large for a float fails the comparison, not the conversion.
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside:
+        raise RequestError(f"{name} is {_short(value)}: give a number {_range(low, high, open_low)}")
+    return float(value)
+
+
+def _integer(name: str, value: object, low: int, high: int, or_none: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {_short(value)}: give a whole number from {low} to {high}{or_none}")
+
+
+def _sequence(name: str, value: object) -> tuple:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}: give a list")
+    return tuple(value)
+
+
+def _range(low: float, high: float, open_low: bool) -> str:
+    return f"above {low:g} and up to {high:g}" if open_low else f"from {low:g} to {high:g}"
+
+
+def _short(value: object) -> str:
+    # repr of an int beyond sys.get_int_max_str_digits() raises
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
+def hash_u32(seed: int, position: int) -> int:
+    """The 32 random bits that draw the token at `position`: two rounds of PCG-RXS-M-XS over u32.
+
+    Jarzynski and Olano, "Hash Functions for GPU Rendering" (JCGT 2020), `pcg_hash`.
+    """
+    h = (seed ^ (position * 0x9E3779B9)) & _U32
+    for _ in range(2):
+        h = (h * 747796405 + 2891336453) & _U32
+        w = (((h >> ((h >> 28) + 4)) ^ h) * 277803737) & _U32
+        h = (w >> 22) ^ w
+    return h
+
+
+def adjust_logits(
+    logits: Sequence[float], params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
+) -> list[float]:
+    """The logits after logit bias, repetition penalty, then frequency and presence penalty."""
+    adjusted = list(logits)
+    for token_id, bias in params.logit_bias.items():
+        adjusted[token_id] += bias
+    if params.repetition_penalty != 1.0:
+        for token_id in {*prompt_ids, *output_ids}:
+            x = adjusted[token_id]
+            adjusted[token_id] = x / params.repetition_penalty if x > 0 else x * params.repetition_penalty
+    for token_id, count in Counter(output_ids).items():
+        adjusted[token_id] -= params.frequency_penalty * count + params.presence_penalty
+    return adjusted
+
+
+def token_masses(logits: Sequence[float], params: SamplingParams) -> list[int]:
+    """Integer mass of every token after temperature, min-p, top-k and top-p; dropped tokens have 0.
+
+    `logits` are adjusted ones, `params` not greedy. The masses of the kept tokens are their shares, in units
+    of 2**-30, of the distribution before the filters; the draw normalises them.
+    """
+    largest = max(logits)
+    shares = [math.exp((x - largest) / params.temperature) for x in logits]
+    whole = sum(shares)
+    masses = [math.floor(share / whole * (1 << MASS_BITS)) for share in shares]
+
+    kept = [share >= params.min_p for share in shares]
+    if 0 < params.top_k < len(logits):
+        threshold = sorted(logits, reverse=True)[params.top_k - 1]
+        kept = [keep and x >= threshold for keep, x in zip(kept, logits, strict=True)]
+    masses = [mass if keep else 0 for mass, keep in zip(masses, kept, strict=True)]
+    if params.top_p < 1.0:
+        threshold = _top_p_threshold(logits, masses, params.top_p)
+        masses = [mass if x >= threshold else 0 for mass, x in zip(masses, logits, strict=True)]
+    return masses
+
+
+def _top_p_threshold(logits: Sequence[float], masses: Sequence[int], top_p: float) -> float:
+    """The logit down to which the masses sum to at least top_p of their total."""
+    missing = math.ceil(top_p * sum(masses))
+    for logit, mass in sorted(zip(logits, masses, strict=True), reverse=True):
+        missing -= mass
+        if missing <= 0:
+            break
+    return logit
+
+
+def draw(masses: Sequence[int], bits: int) -> int:
+    """The first token, in the order of ids, whose running sum of masses exceeds bits/2**32 of the total."""
+    r = (bits * sum(masses)) >> 32
+    running = 0
+    for token_id, mass in enumerate(masses):
+        running += mass
+        if running > r:
+            return token_id
+    raise ValueError("all masses are zero: there is no token to draw")
+
+
+def sample_reference(
+    logits: Sequence[float],
+    params: SamplingParams,
+    *,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    seed: int,
+    position: int,
+) -> int:
+    """The token at index `position` of a sequence, drawn from the model's `logits` (n_vocab,) for it.
+
+    `position` is the number of tokens before it. Raises ValueError when a logit is NaN or the largest is not
+    finite, which no working model produces.
+    """
+    adjusted = adjust_logits(logits, params, prompt_ids, output_ids)
+    largest = max(adjusted)
+    if any(math.isnan(x) for x in adjusted) or not math.isfinite(largest):
+        raise ValueError(f"the logits for position {position} hold NaN or have no finite maximum")
+    if params.greedy:
+        return adjusted.index(largest)
+    return draw(token_masses(adjusted, params), hash_u32(seed, position))

@@ -1,0 +1,158 @@
+"""The table of weight formats: how ggml stores a tensor, and how we store it on the device.
+
+Knows sizes, names and the packed layout of every format. Knows no device, no numpy, and does not decode:
+`shaders/quant/<format>.wgsl` decodes on the GPU, `dequant.py` is the numpy oracle of both layouts.
+
+**Packed layout.** ggml blocks are 18, 20, 34, 144 or 210 bytes long, so on the GPU nearly every load of a
+raw block is unaligned. Loading repacks each tensor once, block by block, into a few arrays ("parts") of
+aligned words. All parts are flat over the tensor in row-major order. A *chunk* is 32 consecutive weights of a
+row; rows are a multiple of 32 long, so chunk `row * (K / 32) + k / 32` holds weight `(row, k)`.
+
+"Nibbles" below are 16 bytes (one `vec4<u32>`) per chunk: byte i holds weight i low and weight i + 16 high.
+
+| format | part | per | content |
+|---|---|---|---|
+| F32 | q | chunk, 8 vec4 | the 32 floats |
+| F16, BF16 | q | chunk, 4 vec4 | two values per word, the first in the low half |
+| Q4_0, Q4_1 | q | chunk, 1 vec4 | nibbles |
+| | s | chunk, 1 word | f16 d low, f16 m high (Q4_0: m = 0, and a weight is d * (q - 8)) |
+| Q5_0, Q5_1 | q, s | | as Q4_0, Q4_1 (Q5_0: a weight is d * (q - 16)) |
+| | h | chunk, 1 word | bit i = fifth bit of weight i |
+| Q8_0 | q | chunk, 2 vec4 | 32 int8 |
+| | s | chunk, 1 word | f16 d low |
+| Q4_K | h | 256-block, 1 vec4 | the raw header: f16 d, f16 dmin, 12 bytes of 6-bit scales and minima |
+| | q | chunk, 1 vec4 | nibbles |
+| Q5_K | h, q | | as Q4_K |
+| | b | chunk, 1 word | bit i = fifth bit of weight i |
+| Q6_K | q | chunk, 1 vec4 | nibbles |
+| | b | chunk, 1 vec2 | the high two bits: weight i at bits 2 * (i % 16) of word i / 16 |
+| | s | chunk, 1 word | int8 scale of weights 0-15, int8 scale of weights 16-31, f16 d in the high half |
+"""
+
+from dataclasses import dataclass
+
+CHUNK = 32  # weights per chunk of the packed layout
+
+WORDS_OF_TYPE = {"u32": 1, "vec2<u32>": 2, "vec4<u32>": 4}  # what a part's binding may be an array of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of the packed layout: `array<wgsl_type>` on the device, `block_bytes` per ggml block."""
+
+    name: str
+    wgsl_type: str
+    block_bytes: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one array element."""
+        return 4 * WORDS_OF_TYPE[self.wgsl_type]
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """A ggml tensor type that we can compute with."""
+
+    name: str
+    ggml_id: int
+    block_elements: int  # weights per ggml block
+    block_bytes: int  # bytes per ggml block in the file
+    parts: tuple[Part, ...]
+
+    @property
+    def packed_block_bytes(self) -> int:
+        """Bytes per ggml block in the packed layout, all parts together."""
+        return sum(part.block_bytes for part in self.parts)
+
+    def n_blocks(self, n_elements: int) -> int:
+        """ggml blocks that hold `n_elements` weights; ValueError unless they are whole."""
+        blocks, rest = divmod(n_elements, self.block_elements)
+        if rest:
+            raise ValueError(
+                f"{n_elements} weights are not whole {self.name} blocks of {self.block_elements}"
+            )
+        return blocks
+
+    def nbytes(self, n_elements: int) -> int:
+        """Bytes of `n_elements` weights in the file."""
+        return self.n_blocks(n_elements) * self.block_bytes
+
+    def packed_nbytes(self, n_elements: int) -> dict[str, int]:
+        """Bytes of `n_elements` weights in the packed layout, by part name."""
+        blocks = self.n_blocks(n_elements)
+        return {part.name: blocks * part.block_bytes for part in self.parts}
+
+
+def _vec4(name: str, block_bytes: int) -> Part:
+    return Part(name, "vec4<u32>", block_bytes)
+
+
+def _words(name: str, block_bytes: int) -> Part:
+    return Part(name, "u32", block_bytes)
+
+
+FORMATS: dict[str, QuantFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        QuantFormat("F32", 0, 1, 4, (_vec4("q", 4),)),
+        QuantFormat("F16", 1, 1, 2, (_vec4("q", 2),)),
+        QuantFormat("BF16", 30, 1, 2, (_vec4("q", 2),)),
+        QuantFormat("Q4_0", 2, 32, 18, (_vec4("q", 16), _words("s", 4))),
+        QuantFormat("Q4_1", 3, 32, 20, (_vec4("q", 16), _words("s", 4))),
+        QuantFormat("Q5_0", 6, 32, 22, (_vec4("q", 16), _words("s", 4), _words("h", 4))),
+        QuantFormat("Q5_1", 7, 32, 24, (_vec4("q", 16), _words("s", 4), _words("h", 4))),
+        QuantFormat("Q8_0", 8, 32, 34, (_vec4("q", 32), _words("s", 4))),
+        QuantFormat("Q4_K", 12, 256, 144, (_vec4("h", 16), _vec4("q", 128))),
+        QuantFormat("Q5_K", 13, 256, 176, (_vec4("h", 16), _vec4("q", 128), _words("b", 32))),
+        QuantFormat("Q6_K", 14, 256, 210, (_vec4("q", 128), Part("b", "vec2<u32>", 64), _words("s", 32))),
+    )
+}
+BY_ID: dict[int, QuantFormat] = {fmt.ggml_id: fmt for fmt in FORMATS.values()}
+
+# Every id that ggml has ever given out, so that a file we cannot run is told apart from a broken one.
+GGML_TYPE_NAMES: dict[int, str] = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    4: "Q4_2",
+    5: "Q4_3",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    30: "BF16",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+    42: "Q2_0",
+}

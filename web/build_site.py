@@ -9,7 +9,7 @@ What comes in, each by exact version and SHA-256 (the table below):
 - the jinja2 wheel, and MarkupSafe as a pure Python wheel built from its sdist (without its C accelerator);
 - the realm_web wheel, built from this checkout;
 - `pyodide-lock.json` with just these three wheels and their checksums, made by pyodide-lock's
-  `lockfile add-wheels` (what `pyodide lockfile` runs). Names only, no addresses: Pyodide looks beside the lock.
+  `lockfile add-wheels` (what `pyodide lockfile` runs). Names only: Pyodide looks for them beside the lock.
 
 Knows nothing of the page or of serving it. Standard library only; the tools it needs go into a private
 virtual environment under `build/site/`, downloads are kept beside it. First run about 10 s, after a change of
@@ -154,7 +154,7 @@ def fetch_pyodide(cache: Path) -> Path:
 
 
 def fetch_wheels(python: str, cache: Path) -> list[Path]:
-    """jinja2 as published; MarkupSafe built without its C part, which its set-up skips when the compiler fails."""
+    """jinja2 as published; MarkupSafe without its C part, which its set-up skips when the compiler fails."""
     folder = cache / "wheels"
     folder.mkdir(exist_ok=True)
     # no cache: pip would hand out a MarkupSafe that it once built with a working compiler

@@ -6,11 +6,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from tiny import write_tiny
 
 from realm_web import dequant
 from realm_web.quants import BY_ID, CHUNK, FORMATS, GGML_TYPE_NAMES, WORDS_OF_TYPE
 
-FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 REQUIRED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"}
 every_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -175,12 +175,9 @@ def test_wrong_shapes_are_refused():
     [*sorted(REQUIRED - {"Q4_K"}), "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M"],
     ids=lambda name: f"tiny256-{name}",
 )
-def test_blocks_that_llama_cpp_wrote_decode_to_the_same_bits(file):
-    path = FIXTURES / f"tiny256-{file}.gguf"
-    if not path.exists():
-        pytest.skip(f"fixture {path} is not here")
+def test_blocks_that_llama_cpp_wrote_decode_to_the_same_bits(file, shared: Path):
     seen = set()
-    for tensor in gguf.GGUFReader(path).tensors:
+    for tensor in gguf.GGUFReader(shared / "fixtures" / f"tiny256-{file}.gguf").tensors:
         name = tensor.tensor_type.name
         seen.add(name)
         raw = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1, FORMATS[name].block_bytes)
@@ -188,3 +185,34 @@ def test_blocks_that_llama_cpp_wrote_decode_to_the_same_bits(file):
         assert_same_bits(dequant.dequantize(name, raw), want)
         assert_same_bits(dequant.unpack(name, dequant.repack(name, raw)), want)
     assert file.removesuffix("_M") in seen
+
+
+@every_format
+def test_a_tiny_model_has_matrices_of_every_format_with_sane_weights(name, tmp_path):
+    model = write_tiny(tmp_path / "tiny.gguf", n_layers=1, dim=256, ffn=512, quant=name)
+    for tensor in gguf.GGUFReader(model.path).tensors:
+        weights = model.weights[tensor.name]
+        assert tuple(tensor.shape) == weights.shape[::-1]
+        assert tensor.tensor_type.name == model.types[tensor.name] == (name if weights.ndim == 2 else "F32")
+        fmt = FORMATS[model.types[tensor.name]]
+        raw = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1, fmt.block_bytes)
+        assert_same_bits(dequant.dequantize(fmt.name, raw).reshape(weights.shape), weights)
+        if weights.ndim == 2:
+            assert 0.9 < weights.std() * weights.shape[1] ** 0.5 < 1.15
+            assert abs(weights.mean()) * weights.shape[1] ** 0.5 < 0.05
+
+
+def test_the_same_options_write_the_same_tiny_model(tmp_path):
+    options = {
+        "tied": True,
+        "biases": ("attn_q",),
+        "rope_freqs": True,
+        "quant": {"*embd*": "Q8_0", "*": "Q4_0"},
+    }
+    one = write_tiny(tmp_path / "one.gguf", **options)
+    two = write_tiny(tmp_path / "two.gguf", **options)
+    other = write_tiny(tmp_path / "other.gguf", **options, seed=1)
+    assert one.path.read_bytes() == two.path.read_bytes() != other.path.read_bytes()
+    assert one.types["token_embd.weight"] == "Q8_0" and one.types["blk.1.ffn_down.weight"] == "Q4_0"
+    assert "output.weight" not in one.weights
+    assert one.weights["blk.1.attn_q.bias"].shape == (64,) and one.weights["rope_freqs.weight"].shape == (8,)

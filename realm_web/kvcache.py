@@ -34,7 +34,7 @@ class BlockPool:
         return -(-n_tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take n free blocks, each with one reference. Raises OutOfBlocks and takes none if fewer are free."""
+        """Take n free blocks, each with one reference; OutOfBlocks, and none taken, if fewer are free."""
         if n < 0:
             raise ValueError(f"{n} blocks asked for: must not be negative")
         if n > len(self._free):
@@ -69,12 +69,14 @@ class BlockPool:
         """AssertionError naming the block if the free list and the reference counts disagree."""
         free = set(self._free)
         assert len(free) == len(self._free), f"a block is in the free list twice: {sorted(self._free)}"
+        for block in free:
+            assert 0 <= block < self.n_blocks, f"block {block} in the free list is not of this pool"
         for block, count in enumerate(self._ref_counts):
             assert count >= 0, f"block {block} has {count} references"
+            listed = "in" if block in free else "not in"
             assert (count == 0) == (block in free), (
-                f"block {block} has {count} references and is {'' if block in free else 'not '}in the free list"
+                f"block {block}: {count} references, {listed} the free list"
             )
-        assert len(free | set(range(self.n_blocks))) == self.n_blocks, f"free list holds {free}: not blocks"
 
     def _check_allocated(self, ids: Sequence[int]) -> None:
         if len(set(ids)) != len(ids):

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 
 from .errors import RequestError
 
@@ -210,12 +211,10 @@ def token_masses(logits: Sequence[float], params: SamplingParams) -> list[int]:
 
 def _top_p_threshold(logits: Sequence[float], masses: Sequence[int], top_p: float) -> float:
     """The logit down to which the masses sum to at least top_p of their total."""
-    missing = math.ceil(top_p * sum(masses))
-    for logit, mass in sorted(zip(logits, masses, strict=True), reverse=True):
-        missing -= mass
-        if missing <= 0:
-            break
-    return logit
+    wanted = math.ceil(top_p * sum(masses))
+    likeliest = sorted(zip(logits, masses, strict=True), reverse=True)
+    sums = accumulate(mass for _, mass in likeliest)
+    return next(logit for (logit, _), reached in zip(likeliest, sums, strict=True) if reached >= wanted)
 
 
 def draw(masses: Sequence[int], bits: int) -> int:

@@ -33,7 +33,8 @@ VARIABLES: dict[str, Variable] = {
 
 def get(name: str, environ: Mapping[str, str] = os.environ) -> str:
     """The variable's text, or its default when unset or blank; KeyError for a name not in the table."""
-    return environ.get(name, "").strip() or VARIABLES[name].default
+    default = VARIABLES[name].default
+    return environ.get(name, "").strip() or default
 
 
 def debug_level(environ: Mapping[str, str] = os.environ) -> int:

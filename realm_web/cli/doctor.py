@@ -1,0 +1,124 @@
+"""Show the machine as realm_web sees it: adapters, what each can do, which one is chosen and why."""
+
+import argparse
+import dataclasses
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import realm_web
+from realm_web import env
+from realm_web.cli import model, options
+from realm_web.cli.text import human_bytes
+from realm_web.errors import DeviceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from realm_web.runtime.device import AdapterInfo
+
+EXAMPLES = """examples:
+  realm doctor
+  realm doctor --device cpu    what is chosen when cpu is asked for"""
+
+PACKAGES = ("wgpu", "numpy", "jinja2", "huggingface_hub")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    from realm_web.runtime.adapters import choose, list_adapters
+
+    adapters = list_adapters()
+    try:
+        chosen, reason = choose(args.device)
+    except DeviceError as error:
+        chosen, reason = None, str(error)
+    if args.json:
+        print(json.dumps(_as_json(adapters, chosen, reason), default=sorted))
+    else:
+        from realm_web.cli.terminal import output
+
+        console = output()
+        _print_software(console)
+        _print_adapters(console, adapters, chosen)
+        _print_choice(console, chosen, reason)
+    return 0 if chosen else 2
+
+
+def _software() -> dict[str, str]:
+    found = {"realm_web": realm_web.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found | {"system": platform.platform(), "default model": str(model.find_default_model() or "none")}
+
+
+def _as_json(adapters: "list[AdapterInfo]", chosen: "AdapterInfo | None", reason: str) -> dict[str, object]:
+    return {
+        "software": _software(),
+        "variables": {name: env.get(name) for name in env.VARIABLES},
+        "unknown_variables": env.unknown_names(),
+        "adapters": [dataclasses.asdict(adapter) for adapter in adapters],
+        "chosen": adapters.index(chosen) if chosen else None,
+        "reason": reason,
+    }
+
+
+def _print_software(console: "Console") -> None:
+    from rich.text import Text
+
+    from realm_web.cli.terminal import table
+
+    shown = table("software", "")
+    for name, value in _software().items():
+        shown.add_row(name, Text(value))
+    for name in env.VARIABLES:
+        if env.get(name) != env.VARIABLES[name].default:
+            shown.add_row(name, Text(env.get(name)))
+    console.print(shown)
+    for name in env.unknown_names():
+        console.print(
+            f"[yellow]{name} is set, but there is no such variable; known: {', '.join(env.VARIABLES)}"
+        )
+    console.print()
+
+
+def _print_adapters(console: "Console", adapters: "list[AdapterInfo]", chosen: "AdapterInfo | None") -> None:
+    from rich.text import Text
+
+    from realm_web.cli.terminal import table
+
+    shown = table("", "adapter", "device", "through", "type", "can", "largest binding", "largest buffer")
+    disabled = env.disabled_features()
+    for adapter in adapters:
+        features = [f"{name} (disabled)" if name in disabled else name for name in sorted(adapter.features)]
+        if adapter.subgroup_size:
+            features.append(f"subgroup size {adapter.subgroup_size}")
+        shown.add_row(
+            "→" if adapter == chosen else "",
+            Text(adapter.name),
+            adapter.kind,
+            f"{adapter.backend} {adapter.driver}".strip(),
+            adapter.adapter_type,
+            ", ".join(features) or "–",
+            human_bytes(adapter.limits.max_binding),
+            human_bytes(adapter.limits.max_buffer),
+        )
+    console.print(shown)
+    console.print()
+
+
+def _print_choice(console: "Console", chosen: "AdapterInfo | None", reason: str) -> None:
+    from rich.text import Text
+
+    if chosen:
+        console.print(Text(f"Chosen: {chosen.name} ({chosen.kind}): {reason}.", style="green"))
+    else:
+        console.print(Text(f"No device: {reason}", style="red"), soft_wrap=True)

@@ -1,0 +1,83 @@
+"""What commands write for people: the load progress bar, notes on stderr, tables."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from realm_web.cli.text import human_bytes
+
+if TYPE_CHECKING:
+    from realm_web import engine
+
+PIPED_WIDTH = 200  # columns of a table that goes to a file or a pipe, so that nothing is cut
+
+
+def note(text: str, *, style: str = "dim") -> None:
+    """One line on stderr, dimmed where stderr is a terminal."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text, style=style))
+
+
+def output() -> Console:
+    """stdout for tables; wide when piped."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table without frames; the columns in `right` are aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+class _Amount(ProgressColumn):
+    """Bytes done, total and rate for a transfer; done and total for pipelines."""
+
+    def render(self, task: Task) -> Text:
+        done, total = int(task.completed), int(task.total or 0)
+        if task.fields["stage"] == "compile":
+            return Text(f"{done}/{total}")
+        rate = f"  {human_bytes(task.speed)}/s" if task.speed else ""
+        return Text(f"{human_bytes(done)} of {human_bytes(total)}{rate}")
+
+
+class LoadProgress:
+    """Bars for `Engine.open(on_progress=...)`, one per stage; gone at the end, absent without a terminal."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Amount(),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __call__(self, progress: "engine.Progress") -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(
+                progress.label, total=progress.total, stage=progress.stage
+            )
+        self._bars.update(
+            self._tasks[progress.stage],
+            completed=progress.done,
+            total=progress.total,
+            description=progress.label,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()

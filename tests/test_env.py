@@ -33,9 +33,8 @@ def test_unknown_realm_variables_are_found():
 
 
 def test_the_readme_lists_every_variable_with_its_default_and_no_other(repository):
-    rows = re.findall(
-        r"^\| `(REALM_\w+)` \| (.*?) \| (.*?) \|$", (repository / "README.md").read_text(), re.M
-    )
+    readme = (repository / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(REALM_\w+)` \| (.*?) \| (.*?) \|$", readme, re.M)
     assert rows == [
         (variable.name, f"`{variable.default}`" if variable.default else "–", variable.doc)
         for variable in env.VARIABLES.values()
@@ -46,6 +45,6 @@ def test_no_variable_is_read_past_the_table(repository):
     named = {
         name
         for path in (repository / "realm_web").rglob("*.py")
-        for name in re.findall(r"\bREALM_[A-Z_]+\b", path.read_text())
+        for name in re.findall(r"\bREALM_[A-Z_]+\b", path.read_text("utf-8"))
     }
     assert named <= set(env.VARIABLES)

@@ -59,7 +59,7 @@ class SamplingParams:
         self._integer("seed", 0, _U32, optional=True)
         self._integer("max_tokens", 1, 2**31 - 1, optional=True)
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: give true or false")
+            raise RequestError(f"ignore_eos is {_short(self.ignore_eos)}: give true or false")
         if self.temperature < GREEDY_BELOW:
             self._store("temperature", 0.0)
         self._check_stops()
@@ -71,7 +71,7 @@ class SamplingParams:
         allowed = [f.name for f in fields(cls)]
         unknown = [name for name in options if name not in allowed]
         if unknown:
-            raise RequestError(f"unknown sampling parameter {unknown[0]!r}: use {', '.join(allowed)}")
+            raise RequestError(f"unknown sampling parameter {_short(unknown[0])}: use {', '.join(allowed)}")
         return cls(**options)  # type: ignore[arg-type]
 
     @property
@@ -109,7 +109,7 @@ class SamplingParams:
         stops = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
         for text in stops:
             if not isinstance(text, str) or not text:
-                raise RequestError(f"stop holds {text!r}: give strings that are not empty")
+                raise RequestError(f"stop holds {_short(text)}: give strings that are not empty")
         self._store("stop", stops)
         stop_ids = _sequence("stop_token_ids", self.stop_token_ids)
         for token_id in stop_ids:
@@ -118,7 +118,7 @@ class SamplingParams:
 
     def _check_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"logit_bias is {self.logit_bias!r}: give a mapping of token id to bias")
+            raise RequestError(f"logit_bias is {_short(self.logit_bias)}: give a mapping of token id to bias")
         bias = {}
         for token_id, value in self.logit_bias.items():
             _integer("logit_bias", token_id, 0, 2**31 - 1)
@@ -128,7 +128,7 @@ class SamplingParams:
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name} is {value!r}: give a number {_range(low, high, open_low)}")
+        raise RequestError(f"{name} is {_short(value)}: give a number {_range(low, high, open_low)}")
     # Written so that NaN fails it; an int too large for a float fails the comparison, not the conversion.
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside:
@@ -143,7 +143,7 @@ def _integer(name: str, value: object, low: int, high: int, or_none: str = "") -
 
 def _sequence(name: str, value: object) -> tuple:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise RequestError(f"{name} is {value!r}: give a list")
+        raise RequestError(f"{name} is {_short(value)}: give a list")
     return tuple(value)
 
 
@@ -152,10 +152,12 @@ def _range(low: float, high: float, open_low: bool) -> str:
 
 
 def _short(value: object) -> str:
-    # repr of an int beyond sys.get_int_max_str_digits() raises
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of {value.bit_length()} bits"
-    return repr(value)
+    """repr for one line of an error, whatever was given."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int, or a list with one, beyond sys.get_int_max_str_digits()
+        return "far too large a number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def hash_u32(seed: int, position: int) -> int:

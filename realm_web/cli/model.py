@@ -57,10 +57,10 @@ def read_header(name: str) -> "GGUFFile":
 
 async def open_engine(args: argparse.Namespace) -> "Engine":
     """The engine for `args.model` on `args.device`, while a progress bar runs on stderr."""
+    source = model_or_default(args.model)
+
     from realm_web.cli.terminal import LoadProgress
     from realm_web.engine import Engine
 
     with LoadProgress() as progress:
-        return await Engine.open(
-            model_or_default(args.model), device=args.device, context=args.context, on_progress=progress
-        )
+        return await Engine.open(source, device=args.device, context=args.context, on_progress=progress)

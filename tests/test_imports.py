@@ -24,6 +24,7 @@ LEVELS = {
     "tokenizer": 1,
     "chat": 1,
     "runtime": 2,
+    "step": 3,
     "tensor": 3,
     "ops": 3,
     "models": 4,

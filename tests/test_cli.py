@@ -461,3 +461,32 @@ def test_long_values_are_shortened_and_full_shows_them():
     assert inspect.shorten(["a"] * 9, full=True).count("a") == 9
     assert inspect.shorten("x" * 500).endswith("… 500 characters")
     assert len(inspect.shorten("x" * 500, full=True)) == 500
+
+
+# ---- doctor
+
+
+def test_doctor_shows_the_adapters_of_this_machine_and_the_choice(capsys):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "numpy" in out and "largest binding" in out and "(cpu): asked for cpu." in out
+
+
+def test_doctor_json_names_the_chosen_adapter(capsys):
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapters"][found["chosen"]]["kind"] == "cpu"
+    assert set(found["adapters"][0]["limits"]) >= {"max_buffer", "max_binding"}
+
+
+def test_doctor_says_when_there_is_no_device_and_how_to_get_one(monkeypatch, capsys):
+    monkeypatch.setattr("realm_web.runtime.adapters.list_adapters", list)
+    assert main(["doctor"]) == 2
+    out = capsys.readouterr().out
+    assert "mesa-vulkan-drivers" in out and "No device: " in out
+
+
+def test_doctor_points_at_a_misspelt_variable(monkeypatch, capsys):
+    monkeypatch.setenv("REALM_DEVCE", "cpu")
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert "REALM_DEVCE is set, but there is no such variable" in capsys.readouterr().out

@@ -22,6 +22,11 @@ EXAMPLES = """examples:
   realm doctor
   realm doctor --device cpu    what is chosen when cpu is asked for"""
 
+UNLIMITED = 1 << 50  # bytes; the CPU backend reports such a limit where it has none
+NO_GPU = (
+    "No GPU adapter: install the graphics driver of your card with its Vulkan part, or, without a card, "
+    "a software one (Debian: apt-get install mesa-vulkan-drivers)."
+)
 PACKAGES = ("wgpu", "numpy", "jinja2", "huggingface_hub")
 
 
@@ -108,11 +113,17 @@ def _print_adapters(console: "Console", adapters: "list[AdapterInfo]", chosen: "
             f"{adapter.backend} {adapter.driver}".strip(),
             adapter.adapter_type,
             ", ".join(features) or "–",
-            human_bytes(adapter.limits.max_binding),
-            human_bytes(adapter.limits.max_buffer),
+            _limit(adapter.limits.max_binding),
+            _limit(adapter.limits.max_buffer),
         )
     console.print(shown)
+    if all(adapter.kind != "webgpu" for adapter in adapters):
+        console.print(Text(NO_GPU, style="yellow"), soft_wrap=True)
     console.print()
+
+
+def _limit(nbytes: int) -> str:
+    return human_bytes(nbytes) if nbytes < UNLIMITED else "memory"
 
 
 def _print_choice(console: "Console", chosen: "AdapterInfo | None", reason: str) -> None:

@@ -4,6 +4,7 @@ import http.client
 import json
 import signal
 import threading
+from urllib.parse import quote
 
 import pytest
 
@@ -26,7 +27,7 @@ def site(tmp_path):
     (tmp_path / "tiny model.gguf").write_bytes(bytes(range(100)))
     (tmp_path / "secret.txt").write_text("s")
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
-    return web.build_site(folder, tmp_path / "tiny model.gguf")
+    return web.build_site(folder, [tmp_path / "tiny model.gguf"])
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def ask(site):
         ("/assets/pyodide.mjs", "text/javascript; charset=utf-8"),
         ("/assets/pyodide.asm.wasm", "application/wasm"),
         ("/models/tiny%20model.gguf", "application/octet-stream"),
-        ("/server.json", "application/json"),
+        ("/models.json", "application/json"),
     ],
 )
 def test_files_come_with_their_type(target, kind, ask):
@@ -68,12 +69,11 @@ def test_files_come_with_their_type(target, kind, ask):
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_page_is_told_which_model_is_offered(ask, tmp_path):
-    described = json.loads(ask("/server.json")[2])["model"]
-    assert described == {"name": "tiny model.gguf", "url": "/models/tiny%20model.gguf", "size": 100}
-    assert ask(described["url"])[2] == bytes(range(100))
-    nothing = web.build_site(tmp_path / "web", None)
-    assert json.loads(nothing.documents["/server.json"]) == {"model": None}
+def test_the_page_is_told_which_models_are_offered(ask, tmp_path):
+    (model,) = json.loads(ask("/models.json")[2])
+    assert model == {"name": "tiny model", "file": "tiny model.gguf", "size": 100}
+    assert ask("/models/" + quote(model["file"]))[2] == bytes(range(100))
+    assert json.loads(web.build_site(tmp_path / "web").documents["/models.json"]) == []
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,25 @@ def test_web_says_how_to_assemble_missing_assets_and_that_a_port_is_taken(site, 
     with pytest.raises(RequestError, match="--port"):
         server(site, 65536)
     with pytest.raises(RequestError, match="--site"):
-        web.build_site(tmp_path, None)
+        web.build_site(tmp_path)
     (tmp_path / "web" / "assets" / "pyodide.mjs").unlink()
     with pytest.raises(RequestError, match=r"python web/build_site\.py"):
-        web.build_site(tmp_path / "web", None)
-    assert main(["web", str(tmp_path / "no.gguf")]) == 2
-    assert "no such file" in capsys.readouterr().err
+        web.build_site(tmp_path / "web")
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (["no.gguf"], "no such file"),
+        (["https://example.org/x.gguf"], "opened in the page"),
+        (["tiny model.gguf", "--no-model"], "drop one of them"),
+        (["tiny model.gguf", "web/../tiny model.gguf"], "same file name"),
+    ],
+)
+def test_web_refuses_models_that_it_cannot_offer(models, words, site, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["web", "--site", str(site.root), *models]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_web_prints_its_address_and_ends_quietly_with_ctrl_c(site, monkeypatch, capsys):

@@ -1,15 +1,15 @@
-"""Serve the page, and one model file with it, on this machine only. Nothing is fetched from elsewhere.
+"""Serve the page, and model files with it, on this machine only. Nothing is fetched from elsewhere.
 
-The page asks /server.json which model is offered: {"model": {"name": ..., "url": ..., "size": bytes}} or
-{"model": null}.
+The page reads /models.json to learn which models are offered: [{"name": ..., "file": ..., "size": bytes}, ...];
+each is at /models/FILE.
 """
 
 import argparse
 import json
 import threading
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 from realm_web.cli import model
 from realm_web.cli.static import Site, server
@@ -25,11 +25,10 @@ ASSEMBLE = "python web/build_site.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    offered = parser.add_mutually_exclusive_group()
-    offered.add_argument(
-        "model", metavar="MODEL", nargs="?", help="the .gguf file to offer (default: the demo)"
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="*", help="the .gguf files to offer (default: the demo model)"
     )
-    offered.add_argument("--no-model", action="store_true", help="offer no model")
+    parser.add_argument("--no-model", action="store_true", help="offer no model, not even the default one")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="0: any free (default: %(default)s)"
     )
@@ -41,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from realm_web.cli.terminal import note
 
-    site = build_site(args.site, None if args.no_model else offered_model(args.model))
+    if args.no_model and args.models:
+        raise RequestError("--no-model and a model given; drop one of them")
+    site = build_site(args.site, [] if args.no_model else offered_models(args.models))
     with server(site, args.port, quiet=not args.verbose) as http:
         address = f"http://localhost:{http.server_port}/"
         if not site.extra:
@@ -53,31 +54,29 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def offered_model(name: str | None) -> Path | None:
-    """The file to offer: the one named, else the default one if there is any."""
-    if name is None:
+def offered_models(names: Sequence[str]) -> list[Path]:
+    """The files to offer: those named, else the default one if there is any."""
+    if not names:
         try:
-            name = model.model_or_default(None)
+            names = [model.model_or_default(None)]
         except RequestError:
-            return None
-    path = Path(name)
-    if not path.is_file():
-        raise RequestError(
-            f"{name}: no such file; `realm web` offers local files, URLs are opened in the page"
-        )
-    return path
+            return []
+    for name in names:
+        if not Path(name).is_file():
+            raise RequestError(f"{name}: no such file; URLs are not offered but opened in the page")
+    return [Path(name) for name in names]
 
 
-def build_site(folder: Path, offered: Path | None) -> Site:
-    """The site in `folder` with `offered` under /models/; RequestError when page or assets are missing."""
+def build_site(folder: Path, models: Sequence[Path] = ()) -> Site:
+    """The site in `folder` with `models` under /models/; RequestError when page or assets are missing."""
     if not (folder / "index.html").is_file():
         raise RequestError(
-            f"{folder}: no index.html there; `realm web` needs the web folder of the source, --site DIR"
+            f"{folder}: no index.html; `realm web` needs the web folder of the source, --site DIR"
         )
     if not (folder / "assets" / "pyodide.mjs").is_file():
         raise RequestError(f"{folder / 'assets'}: not assembled yet; run `{ASSEMBLE}` (or `make site`) once")
-    if offered is None:
-        return Site(folder, {}, {"/server.json": json.dumps({"model": None}).encode()})
-    url = f"/models/{offered.name}"
-    described = {"name": offered.name, "url": quote(url), "size": offered.stat().st_size}
-    return Site(folder, {url: offered}, {"/server.json": json.dumps({"model": described}).encode()})
+    files = {f"/models/{path.name}": path for path in models}
+    if len(files) < len(models):
+        raise RequestError("two models have the same file name; the page could not tell them apart")
+    listed = [{"name": path.stem, "file": path.name, "size": path.stat().st_size} for path in models]
+    return Site(folder, files, {"/models.json": json.dumps(listed).encode()})

@@ -1,8 +1,4 @@
-"""Serve the page, and model files with it, on this machine only. Nothing is fetched from elsewhere.
-
-The page reads /models.json to learn which models are offered: [{"name": ..., "file": ..., "size": bytes}, ...];
-each is at /models/FILE.
-"""
+"""Serve the page, and model files with it, on this machine only. Nothing is fetched from elsewhere."""
 
 import argparse
 import json
@@ -68,7 +64,10 @@ def offered_models(names: Sequence[str]) -> list[Path]:
 
 
 def build_site(folder: Path, models: Sequence[Path] = ()) -> Site:
-    """The site in `folder` with `models` under /models/; RequestError when page or assets are missing."""
+    """The site in `folder` with `models` under /models/; RequestError when page or assets are missing.
+
+    The page learns of them by /models.json: [{"name": ..., "file": ..., "size": bytes}, ...].
+    """
     if not (folder / "index.html").is_file():
         raise RequestError(
             f"{folder}: no index.html; `realm web` needs the web folder of the source, --site DIR"

@@ -463,6 +463,10 @@ def test_long_values_are_shortened_and_full_shows_them():
     assert len(inspect.shorten("x" * 500, full=True)) == 500
 
 
+def test_json_output_has_no_nan():
+    assert inspect._plain([1.5, float("nan"), "x", True]) == [1.5, "nan", "x", True]
+
+
 # ---- doctor
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -74,14 +75,16 @@ def shorten(value: object, *, full: bool = False) -> str:
     '[1, 2, 3, 4, 5, 6, … 8 items]'
     >>> shorten("two\\nlines")
     'two⏎lines'
+    >>> shorten(9.999999747378752e-06), shorten(True)
+    ('1e-05', 'true')
     """
-    if not isinstance(value, str | int | float | bool):
-        items = list(value)
-        head = ", ".join(
-            json.dumps(item, ensure_ascii=False) for item in items[: None if full else SHOWN_ITEMS]
-        )
-        return f"[{head}]" if full or len(items) <= SHOWN_ITEMS else f"[{head}, … {len(items)} items]"
-    text = visible(str(value))
+    if isinstance(value, list):
+        shown = value if full else value[:SHOWN_ITEMS]
+        head = ", ".join(json.dumps(item, ensure_ascii=False) for item in shown)
+        return f"[{head}]" if len(shown) == len(value) else f"[{head}, … {len(value)} items]"
+    if isinstance(value, float):
+        return f"{value:.7g}"  # the digits that a float32 holds
+    text = visible(value if isinstance(value, str) else json.dumps(value))
     if full or len(text) <= SHOWN_CHARACTERS:
         return text
     return f"{text[:SHOWN_CHARACTERS]}… {len(text)} characters"
@@ -118,7 +121,10 @@ def _as_json(header: "GGUFFile", problems: list[str]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    return value if isinstance(value, str | int | float | bool) else list(value)
+    """The value as JSON can hold it: there is no NaN and no infinity."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_file(console: "Console", name: str, header: "GGUFFile") -> None:

@@ -1,0 +1,191 @@
+"""The operations of a forward pass, recorded into a program: which kernel, which variant, which grid.
+
+Knows the limits of the device and no architecture. A variant is a set of template constants of one kernel; all of
+them compute the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from realm_web.runtime.device import Device, Program, View
+from realm_web.step import StepLayout
+from realm_web.tensor import Tensor, Weight
+
+MATVEC_ROWS = 8  # up to so many rows the matrix-vector kernel reads the weights once for all of them
+SAMPLE_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Matvec:
+    """Tuning constants of `matvec`: every choice gives the same numbers up to rounding."""
+
+    lanes: int  # threads that share one weight row
+    rows: int  # weight rows of each such group
+    wg: int
+    m_tile: int
+    subgroup: int
+
+    def grid(self, device: Device, n: int, m: int) -> tuple[tuple[int, int, int], int]:
+        """The grid, and how wide its first dimension is folded."""
+        blocks = -(-n // (self.wg // self.lanes * self.rows))
+        x = min(blocks, device.limits.max_workgroups)
+        return (x, -(-m // self.m_tile), -(-blocks // x)), x
+
+
+def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
+    """Defaults measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
+    m_tile = min(MATVEC_ROWS, 1 << (m - 1).bit_length())
+    if device.info.is_cpu:  # no barriers, no reductions: a thread per row
+        return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+    size = device.subgroup_size
+    if size:
+        return Matvec(lanes=size, rows=1, wg=max(64, size), m_tile=m_tile, subgroup=size)
+    return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+
+
+@dataclass
+class Recorder:
+    """Records one forward pass for at most `n_rows` tokens of at most `n_seqs` sequences."""
+
+    device: Device
+    program: Program
+    layout: StepLayout
+    step: View
+    slots: View
+    n_rows: int
+    n_seqs: int
+    qt: int  # query rows per attention tile
+    splits: int  # of the context, in attention
+    arena: dict[str, Tensor]  # scratch by name, shared by all programs of an engine
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """A float32 scratch tensor; the same memory for the same name, so a layer's lives until the next one's."""
+        size = 1
+        for d in shape:
+            size *= d
+        have = self.arena.get(name)
+        if have is None or have.nbytes < 4 * size:
+            have = self.arena[name] = Tensor.alloc(self.device, (size,), "f32", f"scratch {name}")
+        return Tensor(have.buffer, 0, -(-4 * size // 16) * 16, shape, "f32")
+
+    def embed(self, weight: Weight, out: Tensor, scale: float = 1.0) -> None:
+        for shard in weight.shards:
+            kernel = self.device.kernel(
+                "embed", fmt=weight.fmt.name, dim=weight.k, first_row=shard.first_row, n_shard_rows=shard.n_rows,
+                scale=scale, st=self.layout,
+            )  # fmt: skip
+            threads = self.n_rows * weight.k // 32
+            self._add(
+                kernel,
+                (self.step, self.slots, *shard.parts, out),
+                (-(-threads // 64),),
+                f"embed {weight.label}",
+            )
+
+    def rmsnorm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float, *, gather: bool = False) -> None:
+        wg = 64 if self.device.info.is_cpu else 256
+        kernel = self.device.kernel(
+            "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, wg=wg, subgroup=self.device.subgroup_size,
+            st=self.layout,
+        )  # fmt: skip
+        self._add(kernel, (self.step, x, weight, out), (self.n_seqs if gather else self.n_rows,))
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        act: str = "",
+        out_offset: int = 0,
+        per_seq: bool = False,
+    ) -> None:
+        """out[:, out_offset:] = epilogue(x @ weight.T). With act, the weight holds gate rows, then up rows."""
+        m = self.n_seqs if per_seq else self.n_rows
+        for shard in weight.shards:
+            n = shard.n_rows // 2 if act else shard.n_rows
+            consts = dict(
+                fmt=weight.fmt.name, k=weight.k, n=n, act=act, bias=bias is not None, residual=residual is not None,
+                out_stride=out.shape[-1], out_offset=out_offset + shard.first_row, st=self.layout,
+            )  # fmt: skip
+            views = [self.step, x, *shard.parts, *(v for v in (bias, residual) if v is not None), out]
+            if m > MATVEC_ROWS and not self.device.info.is_cpu and not per_seq:
+                bm = 32 if m <= 32 else 64
+                kernel = self.device.kernel("matmul", **consts, bm=bm, f16="f16" in self.device.features)
+                grid = (-(-n // (32 if act else 64)), -(-m // bm))
+            else:
+                tuning = choose_matvec(self.device, n, weight.k, m)
+                grid, fold = tuning.grid(self.device, n, m)
+                kernel = self.device.kernel(
+                    "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
+                    m_tile=tuning.m_tile, subgroup=tuning.subgroup, grid_x=fold,
+                )  # fmt: skip
+            self._add(kernel, views, grid, f"{kernel.name} {weight.label}")
+
+    def silu_mul(self, x: Tensor, out: Tensor) -> None:
+        dim = out.shape[-1]
+        kernel = self.device.kernel("silu_mul", dim=dim, st=self.layout)
+        self._add(kernel, (self.step, x, out), (-(-self.n_rows * dim // 256),))
+
+    def rope_store(
+        self, qkv: Tensor, turns: Tensor, q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, rot_dim: int, neox: bool,
+        magnitude: float,
+    ) -> None:  # fmt: skip
+        """k and v are pages: (n_blocks, n_kv, block_size, head_dim) f16."""
+        _, n_kv, block_size, head_dim = k.shape
+        kernel = self.device.kernel(
+            "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rot_dim, neox=neox,
+            magnitude=magnitude, block_size=block_size, st=self.layout,
+        )  # fmt: skip
+        threads = (n_heads + 2 * n_kv) * head_dim // 2
+        self._add(kernel, (self.step, qkv, turns, q, k, v), (-(-threads // 64), self.n_rows))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, n_heads: int, scale: float) -> None:
+        _, n_kv, block_size, head_dim = k.shape
+        parts = out
+        if self.splits > 1:
+            parts = self.scratch("attention parts", self.n_rows, n_heads, self.splits, head_dim + 2)
+        kernel = self.device.kernel(
+            "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale, qt=self.qt,
+            splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
+        )  # fmt: skip
+        tiles = max_tiles(self.n_rows, self.n_seqs, self.qt)
+        self._add(kernel, (self.step, q, k, v, parts), (tiles, n_kv, self.splits))
+        if self.splits > 1:
+            merge = self.device.kernel(
+                "attention_merge", n_heads=n_heads, head_dim=head_dim, splits=self.splits, st=self.layout
+            )
+            self._add(merge, (self.step, parts, out), (n_heads, self.n_rows))
+
+    def adjust_logits(self, logits: Tensor, bias: Tensor, counts: Tensor) -> None:
+        n_vocab = logits.shape[-1]
+        kernel = self.device.kernel("adjust_logits", n_vocab=n_vocab, st=self.layout)
+        self._add(kernel, (self.step, bias, counts, logits), (-(-n_vocab // 64), self.n_seqs))
+
+    def sample(self, logits: Tensor, out: Tensor, *, draw: bool, counts: Tensor | None) -> None:
+        """Token ids of the sequences into `out` and the slots. Without `draw` every sequence must be greedy."""
+        n_vocab = logits.shape[-1]
+        wg = 64 if self.device.info.is_cpu else 256
+        parts = 8 if self.device.info.is_cpu else SAMPLE_PARTS
+        best = self.scratch("best", self.n_seqs, parts, 2)
+        drawn = self.scratch("drawn", self.n_seqs)
+        consts = dict(n_vocab=n_vocab, parts=parts, st=self.layout)
+        partial = self.device.kernel("sample_partial", **consts, wg=wg)
+        self._add(partial, (self.step, logits, best), (parts, self.n_seqs))
+        if draw:
+            kernel = self.device.kernel("sample_draw", **consts, wg=wg)
+            self._add(kernel, (self.step, logits, best, drawn), (self.n_seqs,))
+        final = self.device.kernel("sample_final", **consts, counting=counts is not None)
+        extra = () if counts is None else (counts,)
+        self._add(final, (self.step, best, drawn, self.slots, out, *extra), (1,))
+
+    def _add(self, kernel, views, grid, label: str = "") -> None:
+        self.program.add(kernel, views, grid, label)
+
+
+def max_tiles(n_rows: int, n_seqs: int, qt: int) -> int:
+    """The most attention tiles that n_rows rows of n_seqs sequences can be cut into."""
+    return n_rows if qt == 1 else min(n_rows, -(-n_rows // qt) + n_seqs - 1)

@@ -1,0 +1,1 @@
+"""Devices, kernels and recorded programs. Nothing here knows what a model is."""

@@ -1,0 +1,110 @@
+"""The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py`.
+
+Weights are dequantised at load (`features` holds "dense"), so that every product is one BLAS call.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realm_web.errors import DeviceError
+from realm_web.runtime.cpu_kernels import TWINS
+from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
+
+UNLIMITED = 1 << 62
+
+
+@cache
+def info() -> AdapterInfo:
+    return AdapterInfo(
+        name=f"{_processor()} (numpy {np.__version__})",
+        kind="cpu",
+        backend="numpy",
+        adapter_type="CPU",
+        features=frozenset({"dense"}),
+        limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class CPUBackend:
+    def __init__(self) -> None:
+        self.info = info()
+
+    def alloc(self, nbytes: int, label: str) -> np.ndarray:
+        try:
+            return np.zeros(nbytes, np.uint8)
+        except MemoryError as error:
+            raise DeviceError(
+                f"this machine has no room for {label} ({nbytes:,} bytes): use a smaller model or --context"
+            ) from error
+
+    def free(self, handle: np.ndarray) -> None:
+        pass  # the array goes with its last reference
+
+    def write(self, handle: np.ndarray, data: Any, offset: int) -> None:
+        source = np.frombuffer(data, np.uint8)
+        handle[offset : offset + len(source)] = source
+
+    async def read(self, handle: np.ndarray, offset: int, nbytes: int) -> bytes:
+        return handle[offset : offset + nbytes].tobytes()
+
+    async def compile(self, kernels: Sequence[Kernel], on_done: Callable[[], None]) -> None:
+        for kernel in kernels:
+            if kernel.name not in TWINS:
+                raise DeviceError(
+                    f"the CPU backend has no kernel {kernel.name!r}; it has {', '.join(sorted(TWINS))}"
+                )
+            kernel.pipeline = TWINS[kernel.name]
+            on_done()
+
+    def bind(self, kernel: Kernel, views: Sequence[View]) -> list[np.ndarray]:
+        return [view.buffer.handle[view.offset : view.offset + view.nbytes] for view in views]
+
+    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+        calls = [
+            (step.kernel.pipeline, step.kernel.consts, b) for step, b in zip(steps, bindings, strict=True)
+        ]
+
+        def replay():
+            for function, consts, arrays in calls:
+                function(consts, arrays)
+            if readback is not None:
+                handle, start = readback.buffer.handle, readback.offset
+                return Ready(handle[start : start + readback.nbytes].tobytes())
+            return None
+
+        return replay
+
+    async def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Ready:
+    """An awaitable of bytes that are already there."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def __await__(self):
+        yield
+        return self._data

@@ -1,0 +1,325 @@
+"""The numpy twin of every kernel in `shaders/`: same name, constants and order of tensors.
+
+The oracle of the GPU kernels in tests, and what the CPU backend runs. A twin gets its constants and one uint8
+array per binding, and writes where the kernel writes. It may read more than the kernel, never less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from realm_web import dequant
+from realm_web.quants import FORMATS
+
+Twin = Callable[[dict[str, Any], list[np.ndarray]], None]
+TWINS: dict[str, Twin] = {}
+NONE = 0xFFFFFFFF
+LOWEST = np.float32(-3.4e38)
+
+
+def twin(function: Twin) -> Twin:
+    TWINS[function.__name__] = function
+    return function
+
+
+class Views:
+    """The bindings of one call, taken in order and seen as typed arrays."""
+
+    def __init__(self, views: list[np.ndarray]):
+        self._next: Iterator[np.ndarray] = iter(views)
+
+    def f32(self, *shape: int) -> np.ndarray:
+        return self._typed(np.float32, shape)
+
+    def u32(self, *shape: int) -> np.ndarray:
+        return self._typed(np.uint32, shape)
+
+    def f16(self, *shape: int) -> np.ndarray:
+        return self._typed(np.float16, shape)
+
+    def bytes(self) -> np.ndarray:
+        return next(self._next)
+
+    def weight(self, fmt: str, n: int, k: int) -> np.ndarray:
+        """The packed weight as (n, k) float32; no copy for F32."""
+        if fmt == "F32":
+            return self.f32(-1)[: n * k].reshape(n, k)
+        sizes = FORMATS[fmt].packed_nbytes(n * k)
+        parts = {name: next(self._next)[:size].view(np.uint32) for name, size in sizes.items()}
+        return dequant.unpack(fmt, parts).reshape(n, k)
+
+    def _typed(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        data = next(self._next).view(dtype)
+        if not shape or shape == (-1,):
+            return data
+        count = int(np.prod([d for d in shape if d != -1]))
+        rows = len(data) // count if shape[0] == -1 else 1
+        return data[: count * rows].reshape(shape)
+
+
+@twin
+def repack(c: dict, views: list[np.ndarray]) -> None:
+    v = Views(views)
+    raw, params = v.bytes(), v.u32()
+    fmt = FORMATS[c["fmt"]]
+    n_chunks, first = int(params[0]), int(params[1])
+    n_blocks = fmt.n_blocks(n_chunks * 32)
+    blocks = raw[: n_blocks * fmt.block_bytes].reshape(n_blocks, fmt.block_bytes)
+    if c.get("dense"):
+        v.f32()[first * 32 : (first + n_chunks) * 32] = dequant.dequantize(fmt.name, blocks).reshape(-1)
+        return
+    start = fmt.n_blocks(first * 32)
+    for part, data in zip(fmt.parts, dequant.repack(fmt.name, blocks).values(), strict=True):
+        out = v.bytes()
+        out[start * part.block_bytes :][: n_blocks * part.block_bytes] = (
+            np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        )
+
+
+@twin
+def embed(c: dict, views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    step, slots = v.u32(), v.u32()
+    weight = v.weight(c["fmt"], c["n_shard_rows"], c["dim"])
+    out = v.f32(-1, c["dim"])
+    n = int(step[st.N_ROWS])
+    tokens = step[st.tokens : st.tokens + n].astype(np.int64)
+    seqs = step[st.row_seqs : st.row_seqs + n].astype(np.int64)
+    slot = step[st.seqs + seqs * st.SEQ_WORDS + st.SLOT]
+    tokens = np.where(tokens == NONE, slots[np.minimum(slot, len(slots) - 1)], tokens) - c["first_row"]
+    here = np.flatnonzero((tokens >= 0) & (tokens < c["n_shard_rows"]))
+    out[here] = weight[tokens[here]] * np.float32(c["scale"])
+
+
+@twin
+def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
+    v, st, dim = Views(views), c["st"], c["dim"]
+    step, x, weight, out = v.u32(), v.f32(-1, dim), v.f32(dim), v.f32(-1, dim)
+    if c["gather"]:
+        rows = _records(step, st, st.LOGITS_ROW).astype(np.int64)
+        to = np.flatnonzero(rows != NONE)
+        rows = rows[to]
+    else:
+        to = rows = np.arange(int(step[st.N_ROWS]))
+    x = x[rows]
+    scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True, dtype=np.float32) + np.float32(c["eps"]))
+    out[to] = x * scale * weight
+
+
+@twin
+def matvec(c: dict, views: list[np.ndarray]) -> None:
+    v, st, n, k = Views(views), c["st"], c["n"], c["k"]
+    step, x = v.u32(), v.f32(-1, k)
+    weight = v.weight(c["fmt"], n * (2 if c["act"] else 1), k)
+    m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
+    y = x[:m] @ weight.T  # (m, n)
+    if c["act"] == "silu_mul":
+        y = _silu(y[:, :n]) * y[:, n:]
+    columns = slice(c["out_offset"], c["out_offset"] + n)
+    if c["bias"]:
+        y = y + v.f32()[columns]
+    if c["residual"]:
+        y = y + v.f32(-1, c["out_stride"])[:m, columns]
+    v.f32(-1, c["out_stride"])[:m, columns] = y
+
+
+@twin
+def matmul(c: dict, views: list[np.ndarray]) -> None:
+    matvec(c, views)
+
+
+@twin
+def silu_mul(c: dict, views: list[np.ndarray]) -> None:
+    v, st, dim = Views(views), c["st"], c["dim"]
+    step, x, out = v.u32(), v.f32(-1, 2 * dim), v.f32(-1, dim)
+    n = int(step[st.N_ROWS])
+    out[:n] = _silu(x[:n, :dim]) * x[:n, dim:]
+
+
+@twin
+def rope_store(c: dict, views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    n_heads, n_kv, hd, rot = c["n_heads"], c["n_kv"], c["head_dim"], c["rot_dim"]
+    step, qkv = v.u32(), v.f32(-1, n_heads + 2 * n_kv, hd)
+    turns, q = v.u32()[: rot // 2], v.f32(-1, n_heads, hd)
+    k, values = (v.f16(-1, n_kv, c["block_size"], hd) for _ in range(2))
+    n = int(step[st.N_ROWS])
+    positions = step[st.positions : st.positions + n]
+    phase = (positions[:, None] * turns[None, :]).view(np.int32)  # wraps at whole turns
+    angle = phase.astype(np.float32) * np.float32(1.4629180792671596e-9)  # (n, rot / 2)
+    cos, sin = (f(angle)[:, None, :] * np.float32(c["magnitude"]) for f in (np.cos, np.sin))
+    heads = qkv[:n, : n_heads + n_kv].copy()
+    if c["neox"]:
+        a, b = heads[..., : rot // 2].copy(), heads[..., rot // 2 : rot].copy()
+        heads[..., : rot // 2], heads[..., rot // 2 : rot] = a * cos - b * sin, b * cos + a * sin
+    else:
+        a, b = heads[..., 0:rot:2].copy(), heads[..., 1:rot:2].copy()
+        heads[..., 0:rot:2], heads[..., 1:rot:2] = a * cos - b * sin, b * cos + a * sin
+    q[:n] = heads[:, :n_heads]
+    seqs = step[st.row_seqs : st.row_seqs + n]
+    blocks = step[st.tables + seqs * st.max_blocks + positions // c["block_size"]]
+    places = positions % c["block_size"]
+    k[blocks, :, places] = heads[:, n_heads:]
+    values[blocks, :, places] = qkv[:n, n_heads + n_kv :]
+
+
+@twin
+def attention(c: dict, views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    n_heads, n_kv, hd, size = c["n_heads"], c["n_kv"], c["head_dim"], c["block_size"]
+    splits, group = c["splits"], n_heads // n_kv
+    step, q = v.u32(), v.f32(-1, n_heads, hd)
+    k, values = (v.f16(-1, n_kv, size, hd) for _ in range(2))
+    out = v.f32(-1, n_heads, hd) if splits == 1 else v.f32(-1, n_heads, splits, hd + 2)
+    n = int(step[st.N_ROWS])
+    row_seqs = step[st.row_seqs : st.row_seqs + n]
+    positions = step[st.positions : st.positions + n].astype(np.int64)
+    for seq in np.unique(row_seqs):
+        rows = np.flatnonzero(row_seqs == seq)
+        length = int(positions[rows].max()) + 1
+        table = step[st.tables + seq * st.max_blocks :][: -(-length // size)]
+        # (n_kv, length, head_dim)
+        keys, vals = (
+            pages[table].transpose(1, 0, 2, 3).reshape(n_kv, -1, hd)[:, :length].astype(np.float32)
+            for pages in (k, values)
+        )
+        queries = q[rows].reshape(len(rows), n_kv, group, hd).transpose(1, 0, 2, 3)  # (n_kv, rows, group, hd)
+        scores = np.einsum("krgd,kpd->krgp", queries, keys, optimize=True) * np.float32(c["scale"])
+        visible = np.arange(length)[None, :] <= positions[rows][:, None]
+        scores = np.where(visible[None, :, None, :], scores, -np.inf)
+        if splits == 1:
+            probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            probs /= probs.sum(axis=-1, keepdims=True)
+            result = np.einsum("krgp,kpd->krgd", probs, vals, optimize=True)
+            out[rows] = result.transpose(1, 0, 2, 3).reshape(len(rows), n_heads, hd)
+            continue
+        for i, row in enumerate(rows):
+            end, wg = int(positions[row]) + 1, c["wg"]
+            share = -(-end // (splits * wg)) * wg
+            for s in range(splits):
+                part = scores[:, i, :, s * share : min((s + 1) * share, end)]  # (n_kv, group, here)
+                top = part.max(axis=-1, initial=-1e30)
+                probs = np.exp(part - top[..., None])
+                sums = np.einsum("kgp,kpd->kgd", probs, vals[:, s * share : min((s + 1) * share, end)])
+                out[row, :, s, :hd] = sums.reshape(n_heads, hd)
+                out[row, :, s, hd] = top.reshape(-1)
+                out[row, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
+
+
+@twin
+def attention_merge(c: dict, views: list[np.ndarray]) -> None:
+    v, st, hd = Views(views), c["st"], c["head_dim"]
+    step, parts, out = v.u32(), v.f32(-1, c["n_heads"], c["splits"], hd + 2), v.f32(-1, c["n_heads"], hd)
+    n = int(step[st.N_ROWS])
+    weight = np.exp(parts[:n, :, :, hd] - parts[:n, :, :, hd].max(axis=2, keepdims=True))
+    total = np.einsum("rhs,rhsd->rhd", weight, parts[:n, :, :, :hd])
+    out[:n] = total / (weight * parts[:n, :, :, hd + 1]).sum(axis=2)[..., None]
+
+
+@twin
+def adjust_logits(c: dict, views: list[np.ndarray]) -> None:
+    v, st, n_vocab = Views(views), c["st"], c["n_vocab"]
+    step, bias, counts, logits = v.u32(), v.f32(-1, n_vocab), v.u32(-1, n_vocab), v.f32(-1, n_vocab)
+    for s, slot in enumerate(_records(step, st, st.SLOT)):
+        count, row = counts[slot], logits[s] + bias[slot]
+        repetition, presence, frequency = (
+            _record_float(step, st, s, word) for word in (st.REPETITION, st.PRESENCE, st.FREQUENCY)
+        )
+        drawn = (count & 0x7FFFFFFF).astype(np.float32)
+        row = np.where(count > 0, np.where(row > 0, row / repetition, row * repetition), row)
+        logits[s] = row - frequency * drawn - np.where(drawn > 0, presence, 0)
+
+
+@twin
+def sample_partial(c: dict, views: list[np.ndarray]) -> None:
+    v, st, n_vocab, parts = Views(views), c["st"], c["n_vocab"], c["parts"]
+    step, logits, best = v.u32(), v.f32(-1, n_vocab), v.u32(-1, parts, 2)
+    size = -(-n_vocab // parts)
+    for s in range(int(step[st.N_SEQS])):
+        for p in range(parts):
+            row = logits[s, p * size : (p + 1) * size]
+            row = np.where(row > LOWEST, row, LOWEST)
+            if len(row) and row.max() > LOWEST:
+                i = int(row.argmax())
+                best[s, p] = row[i : i + 1].view(np.uint32)[0], p * size + i
+            else:
+                best[s, p] = LOWEST.view(np.uint32), NONE
+
+
+@twin
+def sample_draw(c: dict, views: list[np.ndarray]) -> None:
+    v, st, n_vocab = Views(views), c["st"], c["n_vocab"]
+    step, logits, best, drawn = v.u32(), v.f32(-1, n_vocab), v.u32(-1, c["parts"], 2), v.u32()
+    for s in range(int(step[st.N_SEQS])):
+        temperature = _record_float(step, st, s, st.TEMPERATURE)
+        if temperature <= 0:
+            continue
+        record = step[st.seqs + s * st.SEQ_WORDS :][: st.SEQ_WORDS]
+        row = logits[s]
+        top = best[s, :, 0].copy().view(np.float32).max()
+        p = np.exp((row - top) * (np.float32(1) / temperature))
+        mass = (p * (np.float32(2**30) / p.sum(dtype=np.float32))).astype(np.uint32).astype(np.int64)
+        kept = p >= _record_float(step, st, s, st.MIN_P)
+        top_k, top_p = int(record[st.TOP_K]), _record_float(step, st, s, st.TOP_P)
+        if 0 < top_k < int(kept.sum()):
+            kept &= row >= np.partition(row[kept], -top_k)[-top_k]
+        if top_p < 1:
+            goal = max(int(np.ceil(top_p * np.float32(mass[kept].sum()))), 1)
+            order = np.argsort(-row, kind="stable")
+            order = order[kept[order]]
+            reached = int(np.searchsorted(np.cumsum(mass[order]), goal))
+            kept &= row >= row[order[min(reached, len(order) - 1)]]
+        mass[~kept] = 0
+        sums = np.cumsum(mass)
+        left = _hash(int(record[st.SEED]), int(record[st.DRAW_POSITION])) * int(sums[-1]) >> 32
+        drawn[s] = np.searchsorted(sums, left, side="right")
+
+
+@twin
+def sample_final(c: dict, views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    step, best, drawn, slots, out = v.u32(), v.u32(-1, c["parts"], 2), v.u32(), v.u32(), v.u32()
+    counts = v.u32(-1, c["n_vocab"]) if c["counting"] else None
+    for s in range(int(step[st.N_SEQS])):
+        record = step[st.seqs + s * st.SEQ_WORDS :][: st.SEQ_WORDS]
+        row = int(record[st.LOGITS_ROW])
+        if row == NONE:
+            continue
+        token = int(drawn[s])
+        if _record_float(step, st, s, st.TEMPERATURE) <= 0:
+            tops = best[s, :, 0].copy().view(np.float32)
+            token = int(best[s, int(tops.argmax()), 1])
+        slots[record[st.SLOT]] = out[s] = token
+        if counts is not None and token < c["n_vocab"]:
+            counts[record[st.SLOT], token] += 1
+        if step[st.ADVANCE]:
+            step[st.tokens + row] = token
+            step[st.positions + row] += 1
+            record[st.KV_LEN] += 1
+            record[st.DRAW_POSITION] += 1
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, -0
+        return x / (1 + np.exp(-x))
+
+
+def _records(step: np.ndarray, st: Any, word: int) -> np.ndarray:
+    """One word of every sequence record of this step: (n_seqs,)."""
+    return step[st.seqs + word : st.seqs + int(step[st.N_SEQS]) * st.SEQ_WORDS : st.SEQ_WORDS]
+
+
+def _record_float(step: np.ndarray, st: Any, seq: int, word: int) -> np.float32:
+    return step[st.seqs + seq * st.SEQ_WORDS + word :][:1].view(np.float32)[0]
+
+
+def _hash(seed: int, position: int) -> int:
+    h = seed ^ (position * 0x9E3779B9) & NONE
+    for _ in range(2):
+        h = (h * 747796405 + 2891336453) & NONE
+        w = (((h >> ((h >> 28) + 4)) ^ h) * 277803737) & NONE
+        h = (w >> 22) ^ w
+    return h

@@ -1,0 +1,148 @@
+// out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for a few rows m: `lanes` threads share one weight row.
+// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];  [residual (n_rows, out_stride) f32];
+// out (n_rows, out_stride) f32
+// act "silu_mul": out = silu(w[n] . x) * (w[n_total + n] . x): gate rows first, then up rows.
+// constants: fmt, k, n, act, bias, residual, out_stride, out_offset, per_seq (rows are sequences, not tokens), st;
+// tuning: m_tile rows of x at a time; lanes per weight row; rows per lane group; wg threads; subgroup size or 0
+// grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
+# set groups = wg // lanes
+# set n_acc = rows * m_tile * (2 if act else 1)
+# set in_subgroup = subgroup and lanes <= subgroup
+# set across = subgroup and lanes > subgroup
+# set partials = (wg // subgroup) if across else wg
+{{ "enable subgroups;" if subgroup and lanes > 1 }}
+{{ bind("step", "u32") }}
+{{ bind("x", "vec4<f32>") }}
+{{ weight("w", fmt) }}
+# if bias
+{{ bind("bias", "f32") }}
+# endif
+# if residual
+{{ bind("residual", "f32") }}
+# endif
+{{ bind("out", "f32", "read_write") }}
+
+# if lanes > 1 and not in_subgroup
+var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
+# endif
+
+fn store(m: u32, n: u32, first: f32, second: f32) {
+  if (n >= {{ n }}u || m >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]) {
+    return;
+  }
+  let at = m * {{ out_stride }}u + {{ out_offset }}u + n;
+  # if act == "silu_mul"
+  var v = first / (1.0 + exp(-first)) * second;
+  # else
+  var v = first;
+  # endif
+  # if bias
+  v += bias[{{ out_offset }}u + n];
+  # endif
+  # if residual
+  v += residual[at];
+  # endif
+  out[at] = v;
+}
+
+@compute @workgroup_size({{ wg }})
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+  let m0 = wid.y * {{ m_tile }}u;
+  if (m0 >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]) {
+    return;
+  }
+  let lane = lid % {{ lanes }}u;
+  let n0 = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + lid / {{ lanes }}u) * {{ rows }}u;
+  # for r in range(rows)
+  let chunk{{ r }} = min(n0 + {{ r }}u, {{ n - 1 }}u) * {{ k // 32 }}u;
+  # endfor
+  # for a in range(n_acc)
+  var acc{{ a }} = 0.0;
+  # endfor
+  for (var c = lane; c < {{ k // 32 }}u; c += {{ lanes }}u) {
+    # if m_tile == 1
+    let at = m0 * {{ k // 4 }}u + c * 8u;
+    # for i in range(8)
+    let x{{ i }} = x[at + {{ i }}u];
+    # endfor
+    # endif
+    # for r in range(rows)
+    # for part in range(2 if act else 1)
+    {
+      let v = w_decode(chunk{{ r }} + {{ part * n * (k // 32) }}u + c);
+      # for m in range(m_tile)
+      # set a = (r * m_tile + m) * (2 if act else 1) + part
+      # if m_tile == 1
+      acc{{ a }} += {% for i in range(8) %}dot(v[{{ i }}], x{{ i }}){{ " + " if not loop.last }}{% endfor %};
+      # else
+      let at{{ m }} = (m0 + {{ m }}u) * {{ k // 4 }}u + c * 8u;
+      acc{{ a }} += {% for i in range(8) %}dot(v[{{ i }}], x[at{{ m }} + {{ i }}u]){{ " + " if not loop.last }}{% endfor %};
+      # endif
+      # endfor
+    }
+    # endfor
+    # endfor
+  }
+  # if lanes == 1
+  # for r in range(rows)
+  # for m in range(m_tile)
+  # set a = (r * m_tile + m) * (2 if act else 1)
+  store(m0 + {{ m }}u, n0 + {{ r }}u, acc{{ a }}, {{ "acc%d" % (a + 1) if act else "0.0" }});
+  # endfor
+  # endfor
+  # elif in_subgroup
+  # for a in range(n_acc)
+  # if lanes == subgroup
+  acc{{ a }} = subgroupAdd(acc{{ a }});
+  # else
+  # set ns = namespace(d=lanes // 2)
+  # for _ in range(16)
+  # if ns.d >= 1
+  acc{{ a }} += subgroupShuffleXor(acc{{ a }}, {{ ns.d }}u);
+  # set ns.d = ns.d // 2
+  # endif
+  # endfor
+  # endif
+  # endfor
+  if (lane == 0u) {
+    # for r in range(rows)
+    # for m in range(m_tile)
+    # set a = (r * m_tile + m) * (2 if act else 1)
+    store(m0 + {{ m }}u, n0 + {{ r }}u, acc{{ a }}, {{ "acc%d" % (a + 1) if act else "0.0" }});
+    # endfor
+    # endfor
+  }
+  # else
+  # if across
+  # for a in range(n_acc)
+  acc{{ a }} = subgroupAdd(acc{{ a }});
+  # endfor
+  if (lid % {{ subgroup }}u == 0u) {
+    # for a in range(n_acc)
+    partial[{{ a * partials }}u + lid / {{ subgroup }}u] = acc{{ a }};
+    # endfor
+  }
+  # else
+  # for a in range(n_acc)
+  partial[{{ a * partials }}u + lid] = acc{{ a }};
+  # endfor
+  # endif
+  workgroupBarrier();
+  # set each = partials // groups
+  # set parts = 2 if act else 1
+  for (var o = lid; o < {{ groups * rows * m_tile }}u; o += {{ wg }}u) {
+    let group = o % {{ groups }}u;
+    let a = o / {{ groups }}u;  // r * m_tile + m
+    var first = 0.0;
+    var second = 0.0;
+    for (var i = 0u; i < {{ each }}u; i++) {
+      first += partial[a * {{ parts * partials }}u + group * {{ each }}u + i];
+      # if act
+      second += partial[(a * 2u + 1u) * {{ partials }}u + group * {{ each }}u + i];
+      # endif
+    }
+    let n = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + group) * {{ rows }}u + a / {{ m_tile }}u;
+    store(m0 + a % {{ m_tile }}u, n, first, second);
+  }
+  # endif
+}

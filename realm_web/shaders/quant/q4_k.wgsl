@@ -1,0 +1,41 @@
+{# Q4_K: h is the raw 16-byte header of a 256-block, q the nibbles of a chunk in Q4_0's order. #}
+# import "quant/lib_k.wgsl" as k
+# macro decode(w, bind)
+{{ bind(w ~ "_h", "vec4<u32>") }}
+{{ bind(w ~ "_q", "vec4<u32>") }}
+
+{{ k.scale_min(w) }}
+
+fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
+  let q = {{ w }}_q[c];
+  let dm = {{ w }}_scale_min({{ w }}_h[c >> 3u], c & 7u);
+  let low = q & vec4<u32>(0x0f0f0f0fu);
+  let high = (q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
+  return array<vec4<f32>, 8>(
+  # for half in ("low", "high")
+  # set last = loop.last
+  # for i in "xyzw"
+    dm.x * vec4<f32>(unpack4xU8({{ half }}.{{ i }})) - dm.y{{ "," if not (last and loop.last) }}
+  # endfor
+  # endfor
+  );
+}
+# endmacro
+
+# macro repack(bind)
+{{ bind("h", "vec4<u32>", "read_write") }}
+{{ bind("q", "vec4<u32>", "read_write") }}
+
+fn repack(c: u32, dst: u32) {
+  let at = (c >> 3u) * 144u;
+  let j = c & 7u;
+  if (j == 0u) {
+    h[dst >> 3u] = words(at);
+  }
+  // ggml keeps two chunks in 32 bytes: the even one in the low nibbles, the odd one in the high nibbles
+  let from_ = at + 16u + 32u * (j >> 1u);
+  let shift = vec4<u32>(4u * (j & 1u));
+  let mask = vec4<u32>(0x0f0f0f0fu);
+  q[dst] = ((words(from_) >> shift) & mask) | (((words(from_ + 16u) >> shift) & mask) << vec4<u32>(4u));
+}
+# endmacro

@@ -1,0 +1,67 @@
+// Rotate q and k by their positions (RoPE), keep q, and store k and v as f16 pairs in the pages of the KV cache.
+// step;  qkv (n_rows, (n_heads + 2 * n_kv) * head_dim) f32;  turns (rot_dim / 2,) u32: turns per position as a fraction
+// of 2^32;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim / 2) u32
+// The phase is an integer product that wraps at whole turns, so no precision is lost at far positions.
+// constants: n_heads, n_kv, head_dim, rot_dim, neox, magnitude (YaRN's factor on cos and sin), block_size, st
+// grid: (ceil((n_heads + 2 * n_kv) * head_dim / 2 / 64), n_rows, 1)
+{{ bind("step", "u32") }}
+{{ bind("qkv", "f32") }}
+{{ bind("turns", "u32") }}
+{{ bind("q", "vec2<f32>", "read_write") }}
+{{ bind("k", "u32", "read_write") }}
+{{ bind("v", "u32", "read_write") }}
+# set pairs = head_dim // 2
+# set half_rot = rot_dim // 2
+
+// Element d of the rotated head that starts at `base`.
+fn rotated(base: u32, d: u32, position: u32) -> f32 {
+  let value = qkv[base + d];
+  # if rot_dim < head_dim
+  if (d >= {{ rot_dim }}u) {
+    return value;
+  }
+  # endif
+  # if neox
+  let second = d >= {{ half_rot }}u;
+  let i = select(d, d - {{ half_rot }}u, second);
+  let other = qkv[base + select(d + {{ half_rot }}u, i, second)];
+  # else
+  let second = (d & 1u) == 1u;
+  let i = d >> 1u;
+  let other = qkv[base + (d ^ 1u)];
+  # endif
+  let angle = f32(bitcast<i32>(position * turns[i])) * 1.4629180792671596e-9;  // 2 pi / 2^32
+  let rotated_other = select(-other, other, second);
+  return (value * cos(angle) + rotated_other * sin(angle)) * {{ "%.9g" % magnitude }}{{ ".0" if magnitude == magnitude|int }};
+}
+
+@compute @workgroup_size(64)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+  let row = id.y;
+  if (row >= step[{{ st.N_ROWS }}] || id.x >= {{ (n_heads + 2 * n_kv) * pairs }}u) {
+    return;
+  }
+  let head = id.x / {{ pairs }}u;
+  let pair = id.x % {{ pairs }}u;
+  let position = step[{{ st.positions }}u + row];
+  let base = row * {{ (n_heads + 2 * n_kv) * head_dim }}u + head * {{ head_dim }}u;
+  var value: vec2<f32>;
+  if (head < {{ n_heads + n_kv }}u) {
+    value = vec2<f32>(rotated(base, 2u * pair, position), rotated(base, 2u * pair + 1u, position));
+  } else {
+    value = vec2<f32>(qkv[base + 2u * pair], qkv[base + 2u * pair + 1u]);
+  }
+  if (head < {{ n_heads }}u) {
+    q[row * {{ n_heads * pairs }}u + id.x] = value;
+    return;
+  }
+  let seq = step[{{ st.row_seqs }}u + row];
+  let block = step[{{ st.tables }}u + seq * {{ st.max_blocks }}u + position / {{ block_size }}u];
+  let kv_head = (head - {{ n_heads }}u) % {{ n_kv }}u;
+  let at = ((block * {{ n_kv }}u + kv_head) * {{ block_size }}u + position % {{ block_size }}u) * {{ pairs }}u + pair;
+  if (head < {{ n_heads + n_kv }}u) {
+    k[at] = pack2x16float(value);
+  } else {
+    v[at] = pack2x16float(value);
+  }
+}

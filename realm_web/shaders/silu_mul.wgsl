@@ -1,0 +1,18 @@
+// out[r, i] = silu(gate[r, i]) * up[r, i], where the two lie side by side: x (n_rows, 2 * dim) f32, out (n_rows, dim) f32
+// For layers whose gate and up matrices are of different formats; else the matrix kernels do it.
+// constants: dim, st;  grid: (ceil(n_rows * dim / 4 / 64), 1, 1)
+{{ bind("step", "u32") }}
+{{ bind("x", "vec4<f32>") }}
+{{ bind("out", "vec4<f32>", "read_write") }}
+
+@compute @workgroup_size(64)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+  let row = id.x / {{ dim // 4 }}u;
+  let i = id.x % {{ dim // 4 }}u;
+  if (row >= step[{{ st.N_ROWS }}]) {
+    return;
+  }
+  let gate = x[row * {{ dim // 2 }}u + i];
+  let up = x[row * {{ dim // 2 }}u + {{ dim // 4 }}u + i];
+  out[id.x] = gate / (1.0 + exp(-gate)) * up;
+}

@@ -1,0 +1,118 @@
+"""The one buffer that changes from step to step: tokens, positions, block tables, sampling parameters.
+
+Everything else in a recorded program is constant. All words are u32 (floats by their bits). Layout:
+
+    header (16) | sequence records (max_seqs x 16) | tokens | positions | sequence of each row | tiles (max_rows each)
+    | block tables (max_seqs x max_blocks)
+
+A *row* is one token of this step; a *tile* is up to `qt` consecutive rows of one sequence (first row, count << 16).
+Kernels see the layout as the constant `st`.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NONE = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, order=True)
+class StepLayout:
+    max_rows: int
+    max_seqs: int
+    max_blocks: int  # per sequence
+
+    # header words
+    N_ROWS = 0
+    N_SEQS = 1
+    N_TILES = 2
+    ADVANCE = 3
+    # words of a sequence record
+    SEQ_WORDS = 16
+    SLOT = 0
+    KV_LEN = 1
+    LOGITS_ROW = 2
+    DRAW_POSITION = 3
+    SEED = 4
+    TEMPERATURE = 5
+    TOP_K = 6
+    TOP_P = 7
+    MIN_P = 8
+    REPETITION = 9
+    PRESENCE = 10
+    FREQUENCY = 11
+
+    @property
+    def seqs(self) -> int:
+        return 16
+
+    @property
+    def tokens(self) -> int:
+        return self.seqs + self.SEQ_WORDS * self.max_seqs
+
+    @property
+    def positions(self) -> int:
+        return self.tokens + self.max_rows
+
+    @property
+    def row_seqs(self) -> int:
+        return self.positions + self.max_rows
+
+    @property
+    def tiles(self) -> int:
+        return self.row_seqs + self.max_rows
+
+    @property
+    def tables(self) -> int:
+        return self.tiles + self.max_rows
+
+    @property
+    def n_words(self) -> int:
+        return self.tables + self.max_seqs * self.max_blocks
+
+    def pack(
+        self,
+        *,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        row_seqs: Sequence[int],
+        records: Sequence[bytes],
+        tiles: Sequence[int],
+        advance: bool,
+    ) -> bytes:
+        """Everything but the block tables, as the bytes of the words from 0 to the last one used."""
+        words = array("I", bytes(4 * self.tables))
+        words[0:4] = array("I", [len(tokens), len(records), len(tiles), advance])
+        words[self.seqs : self.seqs + self.SEQ_WORDS * len(records)] = array("I", b"".join(records))
+        for start, values in (
+            (self.tokens, tokens),
+            (self.positions, positions),
+            (self.row_seqs, row_seqs),
+            (self.tiles, tiles),
+        ):
+            words[start : start + len(values)] = array("I", values)
+        return words.tobytes()
+
+
+def sequence_record(
+    *, slot: int, kv_len: int, logits_row: int, draw_position: int, seed: int, params: bytes
+) -> bytes:
+    """One 16-word record; `params` comes from `sampling_words`."""
+    return struct.pack("<5I", slot, kv_len, logits_row, draw_position, seed) + params
+
+
+def sampling_words(
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition: float,
+    presence: float,
+    frequency: float,
+) -> bytes:
+    """The 11 words of a record that do not change while a request runs."""
+    return struct.pack("<fI5f", temperature, top_k, top_p, min_p, repetition, presence, frequency) + bytes(16)

@@ -1,0 +1,430 @@
+"""One table of kernel cases, run on every device: the GPU's result against the numpy twin.
+
+A case is a kernel, its constants, its tensors (made from a seed) and the grid. `tolerance` is the largest
+|got - want| allowed relative to the largest |want|, and stands with its reason where the case is made. The same
+table is the benchmark (`realm kernels`), so cases name variants by their tuning constants.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from realm_web import dequant
+from realm_web.quants import FORMATS
+from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
+
+SUM = 2e-6  # float32 sums in another order
+FMA = 2e-5  # sums of products of a few thousand terms, with or without fused multiply-add
+HALF = 2e-3  # operands rounded to float16 (11 bits)
+EXACT = 0.0
+
+ST = StepLayout(max_rows=128, max_seqs=4, max_blocks=16)
+
+
+@dataclass
+class Case:
+    id: str
+    kernel: str
+    consts: dict[str, Any]
+    tensors: Callable[[np.random.Generator], list[np.ndarray]]
+    outputs: tuple[int, ...]
+    grid: tuple[int, ...]
+    tolerance: float
+    needs: tuple[str, ...] = ()  # features
+    subgroup: int = 0  # the subgroup size that the constants assume
+    dtype: str = "f32"
+
+
+def step_words(
+    seqs: list[tuple[int, int]], *, rng: np.random.Generator, n_vocab: int = 100, qt: int = 1, block_size: int = 16,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, advance: bool = False,
+    st: StepLayout = ST,
+) -> np.ndarray:  # fmt: skip
+    """A step buffer: per sequence (first position, number of rows); random tokens and block tables."""
+    tokens, positions, row_seqs, tiles, records = [], [], [], [], []
+    params = sampling_words(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition=1.3,
+        presence=0.4,
+        frequency=0.2,
+    )
+    for s, (first, n) in enumerate(seqs):
+        row0 = len(tokens)
+        for start in range(0, n, qt):
+            tiles.append((row0 + start) | min(qt, n - start) << 16)
+        tokens += rng.integers(0, n_vocab, n).tolist()
+        positions += range(first, first + n)
+        row_seqs += [s] * n
+        records.append(
+            sequence_record(
+                slot=(s + 1) % st.max_seqs,
+                kv_len=first + n,
+                logits_row=row0 + n - 1,
+                draw_position=first + n,
+                seed=int(rng.integers(2**32)),
+                params=params,
+            )  # fmt: skip
+        )
+    words = np.frombuffer(
+        st.pack(
+            tokens=tokens,
+            positions=positions,
+            row_seqs=row_seqs,
+            records=records,
+            tiles=tiles,
+            advance=advance,
+        ),
+        np.uint32,
+    )
+    tables = np.zeros((st.max_seqs, st.max_blocks), np.uint32)
+    tables.reshape(-1)[:] = rng.permutation(tables.size)
+    return np.concatenate([words, tables.reshape(-1)])
+
+
+def random_blocks(fmt: str, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Random valid ggml blocks with weights of about unit size: uint8 (n_blocks, block_bytes)."""
+    f = FORMATS[fmt]
+    n_blocks = f.n_blocks(n * k)
+    if fmt in ("F32", "F16", "BF16"):
+        values = rng.standard_normal(n_blocks, dtype=np.float32)
+        if fmt == "F32":
+            return values.view(np.uint8).reshape(n_blocks, 4)
+        if fmt == "F16":
+            return values.astype(np.float16).view(np.uint8).reshape(n_blocks, 2)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(n_blocks, 2)
+    raw = rng.integers(0, 256, (n_blocks, f.block_bytes), dtype=np.uint8)
+    halves = {
+        "Q4_0": (0,),
+        "Q4_1": (0, 2),
+        "Q5_0": (0,),
+        "Q5_1": (0, 2),
+        "Q8_0": (0,),
+        "Q4_K": (0, 2),
+        "Q5_K": (0, 2),
+        "Q6_K": (208,),
+    }
+    size = {
+        "Q4_0": 0.2,
+        "Q4_1": 0.2,
+        "Q5_0": 0.1,
+        "Q5_1": 0.1,
+        "Q8_0": 0.01,
+        "Q4_K": 0.004,
+        "Q5_K": 0.002,
+        "Q6_K": 0.0007,
+    }
+    for offset in halves[fmt]:
+        scale = (rng.standard_normal(n_blocks) * size[fmt]).astype(np.float16)
+        raw[:, offset : offset + 2] = scale.view(np.uint8).reshape(n_blocks, 2)
+    return raw
+
+
+def packed(fmt: str, n: int, k: int, rng: np.random.Generator) -> list[np.ndarray]:
+    return list(dequant.repack(fmt, random_blocks(fmt, n, k, rng)).values())
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def cases() -> Iterator[Case]:
+    yield from repack_cases()
+    yield from embed_cases()
+    yield from norm_cases()
+    yield from matvec_cases()
+    yield from matmul_cases()
+    yield from rope_cases()
+    yield from attention_cases()
+    yield from sampling_cases()
+
+
+def repack_cases() -> Iterator[Case]:
+    n, k, first = 3, 512, 16  # the destination starts at chunk 16
+    for fmt, f in FORMATS.items():
+
+        def tensors(rng, fmt=fmt, f=f):
+            raw = random_blocks(fmt, n, k, rng).reshape(-1)
+            raw = np.pad(raw, (0, -len(raw) % 16))
+            params = np.array([n * k // 32, first], np.uint32)
+            sizes = f.packed_nbytes(n * k + first * 32)
+            return [raw, params, *(np.zeros(size // 4, np.uint32) for size in sizes.values())]
+
+        outputs = tuple(range(2, 2 + len(f.parts)))
+        yield Case(
+            f"repack {fmt}",
+            "repack",
+            dict(fmt=fmt),
+            tensors,
+            outputs,
+            (-(-n * k // 2048),),
+            EXACT,
+            dtype="u32",
+        )
+
+
+def embed_cases() -> Iterator[Case]:
+    dim, n_vocab = 256, 100
+    for fmt in FORMATS:
+        for first, rows in ((0, 100), (40, 60)):
+
+            def tensors(rng, fmt=fmt, rows=rows):
+                step = step_words([(3, 5), (0, 2)], rng=rng, n_vocab=n_vocab)
+                step[ST.tokens + 4] = NONE  # the token that its slot drew last
+                slots = rng.integers(0, n_vocab, ST.max_seqs).astype(np.uint32)
+                return [step, slots, *packed(fmt, rows, dim, rng), np.zeros((8, dim), np.float32)]
+
+            consts = dict(
+                fmt=fmt, dim=dim, first_row=first, n_shard_rows=rows, scale=1.0 if first else 2.5, st=ST
+            )
+            n_parts = len(FORMATS[fmt].parts)
+            # d * (q - c) * scale rounds twice; Q4_1's sum may be fused
+            yield Case(f"embed {fmt} from row {first}", "embed", consts, tensors, (2 + n_parts,), (1,), 2e-7)
+
+
+def norm_cases() -> Iterator[Case]:
+    for dim, wg, gather, subgroup in (
+        (64, 64, False, 0),
+        (576, 256, False, 0),
+        (96, 64, True, 0),
+        (576, 256, False, -1),
+    ):
+
+        def tensors(rng, dim=dim, gather=gather):
+            step = step_words([(0, 3), (7, 1), (2, 2)], rng=rng)
+            if gather:
+                step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
+            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), np.zeros((8, dim), np.float32)]
+
+        consts = dict(dim=dim, eps=1e-5, gather=gather, wg=wg, subgroup=subgroup, st=ST)
+        name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' subgroups' * bool(subgroup)}"
+        needs = ("subgroups",) if subgroup else ()
+        yield Case(name, "rmsnorm", consts, tensors, (3,), (8,), SUM, needs=needs, subgroup=subgroup)
+
+
+def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
+    def tensors(rng):
+        step = step_words([(0, m)], rng=rng)
+        extra = [normal(rng, stride)] * bias + [normal(rng, m, stride)] * residual
+        weight = packed(fmt, n * (2 if act else 1), k, rng)
+        return [step, normal(rng, m, k), *weight, *extra, np.zeros((m, stride), np.float32)]
+
+    return tensors, 2 + len(FORMATS[fmt].parts) + bias + residual
+
+
+def matvec_cases() -> Iterator[Case]:
+    def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, subgroup=0, act="", bias=False,
+             residual=False, offset=0, fold=0):  # fmt: skip
+        stride = n + offset
+        tensors, out = _linear(fmt, n, k, m, act, bias, residual, stride)
+        consts = dict(fmt=fmt, k=k, n=n, act=act, bias=bias, residual=residual, out_stride=stride, out_offset=offset,
+                      per_seq=False, lanes=lanes, rows=rows, wg=wg, m_tile=m_tile, subgroup=subgroup, grid_x=fold,
+                      st=ST)  # fmt: skip
+        name = (f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
+                f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}")  # fmt: skip
+        grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
+        return Case(
+            name, "matvec", consts, tensors, (out,), grid, FMA, ("subgroups",) * bool(subgroup), subgroup
+        )
+
+    for fmt in FORMATS:
+        yield case(fmt)
+        yield case(fmt, lanes=16, m=3, m_tile=4)
+        yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
+    for fmt in ("Q4_1", "Q4_K", "Q6_K"):
+        yield case(
+            fmt, lanes=-1, subgroup=-1, rows=2, bias=True, residual=True
+        )  # -1: the device's subgroup size
+        yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, m_tile=2)
+        yield case(fmt, lanes=64, subgroup=-1, rows=2, wg=128, m=2, m_tile=2, act="silu_mul")
+    yield case("Q4_0", lanes=32, rows=4, bias=True, residual=True, n=37, k=576)
+    yield case("Q8_0", lanes=64, rows=1, residual=True, offset=24, m=9, m_tile=8)
+    yield case("F16", lanes=8, rows=2, wg=32, fold=2, n=37)
+    yield case("Q4_K", lanes=1, m=20, m_tile=8, act="silu_mul")
+
+
+def matmul_cases() -> Iterator[Case]:
+    for fmt in FORMATS:
+        for f16 in (False, True):
+            for bm, m, act, residual in ((32, 20, "", True), (64, 70, "silu_mul", False)):
+                if act and fmt not in ("Q4_1", "Q4_K", "Q6_K"):
+                    continue
+                n, k, offset = 70, 256, 6
+                tensors, out = _linear(fmt, n, k, m, act, residual, residual, n + offset)
+                consts = dict(fmt=fmt, k=k, n=n, act=act, bias=residual, residual=residual, out_stride=n + offset,
+                              out_offset=offset, bm=bm, f16=f16, st=ST)  # fmt: skip
+                name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
+                grid = (-(-n // (32 if act else 64)), -(-m // bm))
+                tolerance = HALF if f16 else FMA
+                yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
+    tensors = lambda rng: [
+        step_words([(0, 5), (9, 3)], rng=rng),
+        normal(rng, 8, 128),
+        np.zeros((8, 64), np.float32),
+    ]  # noqa: E731
+    yield Case("silu_mul", "silu_mul", dict(dim=64, st=ST), tensors, (2,), (2,), 1e-6)
+
+
+def rope_cases() -> Iterator[Case]:
+    for n_heads, n_kv, hd, rot, neox in (
+        (4, 2, 64, 64, False),
+        (3, 1, 32, 32, True),
+        (2, 2, 80, 32, True),
+        (2, 1, 64, 48, False),
+    ):
+
+        def tensors(rng, n_heads=n_heads, n_kv=n_kv, hd=hd, rot=rot):
+            step = step_words([(0, 3), (200, 1), (31, 2)], rng=rng)
+            inverse = 10000.0 ** (-np.arange(rot // 2) * 2 / rot)
+            turns = np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32)
+            pages = [np.zeros((64, n_kv, 16, hd), np.float16) for _ in range(2)]
+            qkv = normal(rng, 8, (n_heads + 2 * n_kv) * hd)
+            return [step, qkv, turns, np.zeros((8, n_heads * hd), np.float32), *pages]
+
+        consts = dict(n_heads=n_heads, n_kv=n_kv, head_dim=hd, rot_dim=rot, neox=neox, magnitude=1.0 if neox else 1.2,
+                      block_size=16, st=ST)  # fmt: skip
+        grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
+        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
+        # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
+        yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
+        yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")
+
+
+def attention_cases() -> Iterator[Case]:
+    shapes = (
+        (4, 2, 64, 1, 1, [(0, 1), (130, 1), (77, 1)]),
+        (9, 3, 64, 1, 4, [(200, 1), (0, 1)]),
+        (4, 2, 64, 4, 1, [(0, 9), (100, 6)]),
+        (2, 1, 128, 2, 1, [(70, 3)]),
+        (2, 2, 32, 8, 1, [(0, 20), (5, 1)]),
+        (2, 1, 256, 1, 2, [(90, 1)]),
+        (2, 2, 80, 2, 1, [(40, 5)]),
+    )
+    for n_heads, n_kv, hd, qt, splits, seqs in shapes:
+        for subgroup in (0, -1):
+            n_rows = sum(n for _, n in seqs)
+
+            def tensors(
+                rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows
+            ):
+                pages = [normal(rng, 64, n_kv, 16, hd).astype(np.float16) for _ in range(2)]
+                out = (n_rows, n_heads, splits, hd + 2) if splits > 1 else (n_rows, n_heads * hd)
+                step = step_words(seqs, rng=rng, qt=qt)
+                return [step, normal(rng, n_rows, n_heads * hd) * 2, *pages, np.zeros(out, np.float32)]
+
+            consts = dict(n_heads=n_heads, n_kv=n_kv, head_dim=hd, block_size=16, scale=hd**-0.5, qt=qt,
+                          splits=splits, wg=64, subgroup=subgroup, st=ST)  # fmt: skip
+            tiles = sum(-(-n // qt) for _, n in seqs)
+            name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}{' subgroups' * bool(subgroup)}"
+            needs = ("subgroups",) if subgroup else ()
+            yield Case(name, "attention", consts, tensors, (4,), (tiles, n_kv, splits), FMA, needs, subgroup)
+
+    def parts(rng):
+        data = normal(rng, 3, 4, 5, 66)
+        data[..., 65] = np.abs(data[..., 65]) + 0.5
+        data[:, :, 4] = 0  # a split with nothing in it
+        data[:, :, 4, 64] = -1e30
+        return [step_words([(0, 3)], rng=rng), data, np.zeros((3, 256), np.float32)]
+
+    consts = dict(n_heads=4, head_dim=64, splits=5, st=ST)
+    yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
+
+
+def sampling_cases() -> Iterator[Case]:
+    seqs = [(0, 3), (9, 1), (4, 2)]
+
+    def adjust(rng):
+        bias = np.where(rng.random((4, 300)) < 0.1, normal(rng, 4, 300) * 5, 0).astype(np.float32)
+        counts = np.where(rng.random((4, 300)) < 0.3, rng.integers(0, 4, (4, 300)), 0).astype(np.uint32)
+        counts |= (rng.random((4, 300)) < 0.2).astype(np.uint32) << 31
+        return [step_words(seqs, rng=rng), bias, counts, normal(rng, 3, 300) * 4]
+
+    yield Case("adjust_logits", "adjust_logits", dict(n_vocab=300, st=ST), adjust, (3,), (5, 3), 1e-6)
+
+    def logits_with_ties(rng):
+        return (np.round(normal(rng, 3, 1000) * 8) / 2).astype(np.float32)
+
+    for wg in (64, 256):
+        tensors = lambda rng: [
+            step_words(seqs, rng=rng),
+            logits_with_ties(rng),
+            np.zeros((3, 8, 2), np.uint32),
+        ]  # noqa: E731
+        consts = dict(n_vocab=1000, parts=8, wg=wg, st=ST)
+        yield Case(
+            f"sample_partial wg {wg}", "sample_partial", consts, tensors, (2,), (8, 3), EXACT, dtype="u32"
+        )
+        for name, params in {
+            "temperature": dict(temperature=0.7),
+            "top-k": dict(temperature=1.0, top_k=7),
+            "top-p": dict(temperature=1.5, top_p=0.6),
+            "min-p": dict(temperature=1.0, min_p=0.1),
+            "all": dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02),
+            "one": dict(temperature=0.5, top_k=1),
+        }.items():
+
+            def draw(rng, params=params):
+                logits = logits_with_ties(rng) + normal(rng, 3, 1000) * np.float32(0.01)
+                best = np.zeros((3, 8, 2), np.uint32)
+                best[:, 0, 0] = logits.max(axis=1).view(np.uint32)
+                best[:, 1:, 0] = np.float32(-3.4e38).view(np.uint32)
+                return [step_words(seqs, rng=rng, **params), logits, best, np.zeros(3, np.uint32)]
+
+            # the drawn tokens of fixed seeds: equal unless a draw lands within rounding (2^-30) of a boundary
+            yield Case(
+                f"sample_draw {name} wg {wg}", "sample_draw", consts, draw, (3,), (3,), EXACT, dtype="u32"
+            )
+    for temperature, counting in ((0.0, False), (1.0, False), (0.0, True)):
+
+        def final(rng, temperature=temperature, counting=counting):
+            best = np.zeros((3, 8, 2), np.uint32)
+            best[..., 0] = normal(rng, 3, 8).view(np.uint32)
+            best[..., 1] = rng.integers(0, 50, (3, 8))
+            step = step_words(seqs, rng=rng, temperature=temperature, advance=True)
+            step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
+            drawn = rng.integers(0, 50, 3).astype(np.uint32)
+            counts = [rng.integers(0, 3, (4, 50)).astype(np.uint32)] * counting
+            return [step, best, drawn, np.zeros(4, np.uint32), np.zeros(3, np.uint32), *counts]
+
+        consts = dict(n_vocab=50, parts=8, counting=counting, st=ST)
+        name = f"sample_final {'greedy' if temperature == 0 else 'drawn'}{' counting' * counting}"
+        yield Case(name, "sample_final", consts, final, (0, 3, 4, *[5] * counting), (1,), EXACT, dtype="u32")
+
+
+def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[str, Any] | None:
+    """The constants with the device's subgroup size in place of -1; None where the device lacks what it takes."""
+    if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
+        return None
+    return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}
+
+
+def grid_of(case: Case, consts: dict[str, Any]) -> tuple[int, ...]:
+    if case.kernel != "matvec":
+        return case.grid
+    per_group = consts["wg"] // consts["lanes"] * consts["rows"]
+    blocks = -(-consts["n"] // per_group)
+    consts["grid_x"] = case.grid[0] or blocks
+    return (consts["grid_x"], case.grid[1], -(-blocks // consts["grid_x"]))
+
+
+def tensors_of(case: Case) -> list[np.ndarray]:
+    return case.tensors(np.random.default_rng(struct.unpack("<I", case.id.encode()[-4:])[0]))
+
+
+def error_of(case: Case, got: bytes, want: np.ndarray) -> float:
+    """The largest difference relative to the largest value wanted; exact types count differing words."""
+    if case.dtype == "u32":
+        return float((np.frombuffer(got, np.uint32)[: want.size] != want.reshape(-1).view(np.uint32)).sum())
+    data = np.frombuffer(got, np.float16 if case.dtype == "f16" else np.float32)[: want.size].astype(
+        np.float64
+    )
+    flat = want.reshape(-1).astype(np.float64)
+    error = np.abs(data - flat).max() / max(np.abs(flat).max(), 1e-30)
+    return float("inf") if np.isnan(error) else float(error)

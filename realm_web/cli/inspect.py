@@ -81,7 +81,7 @@ def shorten(value: object, *, full: bool = False) -> str:
     if isinstance(value, list):
         shown = value if full else value[:SHOWN_ITEMS]
         head = ", ".join(json.dumps(item, ensure_ascii=False) for item in shown)
-        return f"[{head}]" if len(shown) == len(value) else f"[{head}, … {len(value)} items]"
+        return visible(f"[{head}]" if len(shown) == len(value) else f"[{head}, … {len(value)} items]")
     if isinstance(value, float):
         return f"{value:.7g}"  # the digits that a float32 holds
     text = visible(value if isinstance(value, str) else json.dumps(value))

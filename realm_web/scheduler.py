@@ -234,6 +234,7 @@ class Scheduler:
         brings the sampled tokens to `update`.
         """
         draft = _Draft(self.max_rows)
+        # Requests are admitted into rows that all others left over, so one row for each running one fits.
         behind: list[Request] = []  # with more than one token to run
         held: Request | None = None  # gives way as soon as its steps in flight are done
         # Preemption takes requests from the end of `running` only, so that this iteration stays valid.
@@ -243,8 +244,6 @@ class Scheduler:
                 continue
             if n > 1:
                 behind.append(request)
-            elif draft.room == 0:
-                break
             elif self._has_block_for_next(request):
                 draft.add(request, 1)
             elif self._running:
@@ -252,7 +251,7 @@ class Scheduler:
         for request in behind:
             if draft.room:
                 draft.add(request, min(request.n_to_run, draft.room))
-        while draft.room and held is None and self._admit_next():
+        while draft.room and self._admit_next():
             request = self._running[-1]
             draft.add(request, min(request.n_to_run, draft.room))
         if not draft.seqs:
@@ -343,7 +342,7 @@ class Scheduler:
         if not self._waiting or not self._free_slots:
             return False
         n_blocks = self.pool.blocks_for(len(self._waiting[0].token_ids))
-        if n_blocks + len(self._running) > self.pool.n_free and self._running:
+        if n_blocks + len(self._running) > self.pool.n_free:
             return False
         request = self._waiting.popleft()
         request.blocks = tuple(self.pool.allocate(n_blocks))
@@ -369,7 +368,6 @@ class Scheduler:
             self._waiting.remove(request)
         request.status = "finished"
         request.finish_reason = reason
-        request.n_pending = 0
         del self._requests[request.id]
 
     def _release(self, request: Request) -> None:

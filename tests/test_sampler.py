@@ -260,6 +260,15 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_it_among_what_the_others_le
     assert kept_ids(logits, top_p=0.68, top_k=2) == {0, 1}
 
 
+def test_reaching_top_p_exactly_is_enough_and_half_a_unit_of_mass_more_is_not():
+    logits = [1.0, 0.0, -1.0]
+    masses = token_masses(logits, SamplingParams())
+    total = sum(masses)
+    assert masses[0] / total * total == masses[0]
+    assert kept_ids(logits, top_p=masses[0] / total) == {0}
+    assert kept_ids(logits, top_p=(masses[0] + 0.5) / total) == {0, 1}
+
+
 @given(LOGITS, FILTERS)
 def test_the_likeliest_token_survives_every_filter_and_masses_fit_a_u32(logits, params):
     masses = token_masses(logits, params)

@@ -211,6 +211,15 @@ def test_more_answers_than_rows_wait_for_the_older_ones():
     assert [seq.request_id for seq in step(scheduler, 5)[0].seqs] == ["c"]
 
 
+def test_running_requests_never_outnumber_the_rows():
+    scheduler = make_scheduler(max_rows=2, max_seqs=4)
+    for name, n in (("a", 1), ("b", 5), ("c", 1), ("d", 1)):
+        scheduler.add(make_request(name, n))
+    batches = [scheduler.schedule() for _ in range(8)]
+    assert [batch.n_rows for batch in batches] == [2] * 8
+    assert scheduler.n_running == 2
+
+
 def test_no_more_than_max_seqs_run_and_a_free_slot_goes_to_the_first_in_line():
     scheduler = make_scheduler(max_seqs=2)
     for name in "abcd":
@@ -445,17 +454,17 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_resumes_with_all_its_tok
 
 def test_a_request_gives_way_only_after_its_steps_in_flight_are_done_and_is_not_given_more():
     scheduler = make_scheduler(n_blocks=4, block_size=4, max_context=16)
-    a, b = make_request("a", 3), make_request("b", 3)
+    a, b = make_request("a", 4), make_request("b", 1)
     scheduler.add(a)
     scheduler.add(b)
-    batches = [scheduler.schedule() for _ in range(6)]
+    batches = [scheduler.schedule() for _ in range(5)]
     assert all(len(batch.seqs) == 2 for batch in batches)
-    assert scheduler.schedule() is None
-    assert b.status == "running"
+    assert scheduler.schedule() is None  # a needs its third block; b has room left in its second
+    assert (a.n_scheduled, b.n_scheduled, b.status) == (8, 5, "running")
     for i, batch in enumerate(batches):
         assert len(scheduler.update(batch, [5, 5])) == 2
         later = scheduler.schedule()
-        assert (later is None) == (i < 5)
+        assert (later is None) == (i < 4)
     assert [seq.request_id for seq in later.seqs] == ["a"]
     assert b.status == "waiting"
     scheduler.check_integrity()

@@ -1,0 +1,224 @@
+"""What the page's worker (`web/worker.js`) calls: load a model, answer a conversation, stop; all in JSON.
+
+JavaScript objects come in as arguments; neither `js` nor `pyodide` is imported, so this module runs and is
+tested anywhere. Every async method takes the number of the call first and replies with a JSON object of
+either `ok` or `error`: {name, message}.
+Knows nothing of how models are stored or downloaded, nor of how anything looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import math
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from realm_web.engine import Chunk, Engine
+from realm_web.errors import RealmError, RequestError
+from realm_web.sampler import SamplingParams
+
+OPEN_OPTIONS = ("context",)
+
+
+class JsSource:
+    """A model file that JavaScript holds: {name, size, read(offset, nbytes) -> Promise, close()}."""
+
+    def __init__(self, js: Any):
+        self._js = js
+        self.name = str(js.name)
+        self.size = int(js.size)
+
+    async def read(self, offset: int, nbytes: int) -> Any:
+        """The bytes as a JavaScript Uint8Array, which goes to the GPU without a copy in Python's memory."""
+        try:
+            return await self._js.read(offset, nbytes)
+        except Exception as error:  # whatever the browser throws when a file moved or a disk failed
+            raise RealmError(
+                f"{self.name} cannot be read any more ({error}); choose or download it again"
+            ) from error
+
+    async def read_bytes(self, offset: int, nbytes: int) -> bytes:
+        """The bytes in Python's memory, for the header."""
+        return (await self.read(offset, nbytes)).to_bytes()
+
+    def close(self) -> None:
+        self._js.close()
+
+
+@dataclass(eq=False)
+class _Model:
+    engine: Engine
+    answers: set[int] = field(default_factory=set)  # calls that are writing one
+
+
+def _call(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[str]]:
+    """Make a method a call of the worker: numbered, so that it can be stopped, and replying in JSON."""
+
+    @functools.wraps(method)
+    async def numbered(page: Page, call_id: int, *arguments: Any) -> str:
+        task = page._running[call_id] = asyncio.current_task()
+        if call_id in page._stopped:
+            task.cancel()  # takes effect where the method first waits
+        try:
+            return json.dumps({"ok": await method(page, call_id, *arguments)})
+        except asyncio.CancelledError:
+            return _error("AbortError", "stopped")
+        except RealmError as error:
+            return _error(type(error).__name__, str(error))
+        except Exception as error:  # a bug of ours: one line for the person, the rest for the console
+            traceback.print_exc()
+            return _error("InternalError", f"{type(error).__name__}: {error}")
+        finally:
+            del page._running[call_id]
+            page._stopped.discard(call_id)
+
+    return numbered
+
+
+def _error(name: str, message: str) -> str:
+    return json.dumps({"error": {"name": name, "message": message}})
+
+
+class Page:
+    """The models that are open in one worker, and the answers that are being written."""
+
+    def __init__(self) -> None:
+        self._models: dict[int, _Model] = {}
+        self._n_opened = 0
+        self._running: dict[int, asyncio.Task] = {}
+        self._stopped: set[int] = set()  # asked to stop before they began
+
+    @_call
+    async def open(
+        self, call_id: int, js_source: Any, options: str, on_progress: Callable[[str], None]
+    ) -> dict:
+        """Load a model; the reply describes it and gives the number (`model`) that later calls name it by."""
+        wanted = _known(json.loads(options), OPEN_OPTIONS, "option")
+        source = JsSource(js_source)
+        engine = await Engine.open(
+            source, device="browser", on_progress=lambda p: on_progress(json.dumps(asdict(p))), **wanted
+        )
+        self._n_opened += 1
+        self._models[self._n_opened] = _Model(engine)
+        return {"model": self._n_opened, **_describe(engine, source)}
+
+    @_call
+    async def chat(self, call_id: int, request: str, on_chunk: Callable[[str], None]) -> dict:
+        """Answer `messages`, or continue `prompt`: JSON {model, options, and messages or prompt}.
+
+        `on_chunk` gets JSON {text} for every piece. The reply tells counts, rates and why the answer ended,
+        which is "abort" when it was stopped.
+        """
+        wanted = json.loads(request)
+        model = self._model(wanted["model"])
+        params = sampling_params(wanted.get("options", {}))
+        if "messages" in wanted:
+            chunks = model.engine.chat(wanted["messages"], params)
+        else:
+            chunks = model.engine.generate(wanted["prompt"], params)
+        model.answers.add(call_id)
+        try:
+            return await _stream(chunks, on_chunk)
+        finally:
+            model.answers.discard(call_id)
+
+    def stop(self, call_id: int) -> None:
+        """End a call at once: an answer also in the middle of its prompt, and with its normal reply."""
+        if call_id in self._running:
+            self._running[call_id].cancel()
+        else:
+            self._stopped.add(call_id)
+
+    @_call
+    async def close(self, call_id: int, model_id: int) -> None:
+        """Give a model's memory back."""
+        model = self._model(model_id)
+        for answer in list(model.answers):
+            self.stop(answer)
+        del self._models[model_id]
+        await model.engine.close()
+
+    def _model(self, model_id: int) -> _Model:
+        try:
+            return self._models[model_id]
+        except KeyError:
+            raise RequestError(f"model {model_id} is not open (any more): load it again") from None
+
+
+def sampling_params(options: dict) -> SamplingParams:
+    """Sampling options as JavaScript can write them: object keys are strings, lists stand for tuples."""
+    wanted = dict(options)
+    if isinstance(wanted.get("logit_bias"), dict):
+        try:
+            wanted["logit_bias"] = {int(key): value for key, value in wanted["logit_bias"].items()}
+        except ValueError as error:
+            raise RequestError(f"logit_bias: {error}; its keys are token ids") from None
+    return SamplingParams.from_mapping(wanted)
+
+
+async def _stream(chunks: AsyncIterator[Chunk], on_chunk: Callable[[str], None]) -> dict:
+    """Pass the pieces on; the summary of the whole, also when cancelled half-way."""
+    started = time.perf_counter()
+    first = last = started
+    n_tokens, final = 0, None
+    try:
+        async for chunk in chunks:
+            last = time.perf_counter()
+            first = last if n_tokens == 0 else first
+            n_tokens += len(chunk.token_ids)
+            final = chunk
+            if chunk.text:
+                on_chunk(json.dumps({"text": chunk.text}))
+    except asyncio.CancelledError:
+        final = None
+    finally:
+        await chunks.aclose()
+    if final is not None and final.timings is not None and final.usage is not None:
+        return {
+            "finish_reason": final.finish_reason,
+            "prompt_tokens": final.usage.prompt_tokens,
+            "completion_tokens": final.usage.completion_tokens,
+            "predicted_per_second": _finite(final.timings.predicted_per_second),
+            "prompt_per_second": _finite(final.timings.prompt_per_second),
+            "time_to_first_token_ms": _finite(final.timings.time_to_first_token_ms),
+        }
+    return {  # stopped: the engine's own summary never came
+        "finish_reason": "abort",
+        "prompt_tokens": None,
+        "completion_tokens": n_tokens,
+        "predicted_per_second": _finite((n_tokens - 1) / (last - first))
+        if n_tokens > 1 and last > first
+        else None,
+        "prompt_per_second": None,
+        "time_to_first_token_ms": (first - started) * 1000 if n_tokens else None,
+    }
+
+
+def _describe(engine: Engine, source: JsSource) -> dict:
+    metadata = engine.gguf.metadata
+    return {
+        "name": str(metadata.get("general.name") or source.name.removesuffix(".gguf")),
+        "file": source.name,
+        "size": source.size,
+        "architecture": str(metadata.get("general.architecture", "")),
+        "adapter": engine.device.name,
+        "fallback": engine.device.info.is_cpu,
+        "context": engine.context,
+    }
+
+
+def _known(options: dict, allowed: tuple[str, ...], what: str) -> dict:
+    for name in options:
+        if name not in allowed:
+            raise RequestError(f"unknown {what} {name!r}: use {', '.join(allowed)}")
+    return options
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinities; a rate over no time is unknown."""
+    return value if value is not None and math.isfinite(value) else None

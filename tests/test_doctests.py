@@ -1,4 +1,4 @@
-"""The examples in docstrings hold."""
+"""The examples in docstrings hold. Those that name `model_path` run on the real SmolLM2."""
 
 import doctest
 import importlib
@@ -8,6 +8,10 @@ from test_imports import modules, source
 
 
 @pytest.mark.parametrize("module", ["", *(name for name in modules() if ">>>" in source(name))])
-def test_the_examples_of_a_module_hold(module):
-    failed, attempted = doctest.testmod(importlib.import_module(f"realm_web.{module}".rstrip(".")))
+def test_the_examples_of_a_module_hold(module, request):
+    imported = importlib.import_module(f"realm_web.{module}".rstrip("."))
+    names = {}
+    if module and "model_path" in source(module):
+        names["model_path"] = str(request.getfixturevalue("smollm2_path"))
+    failed, attempted = doctest.testmod(imported, extraglobs=names)
     assert attempted and not failed

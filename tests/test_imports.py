@@ -33,6 +33,7 @@ LEVELS = {
     "scheduler": 5,
     "loader": 5,
     "sources": 5,
+    "runner": 5,
     "engine": 5,
     "llm": 6,
     "page": 6,

@@ -166,20 +166,26 @@ def weight_bytes_per_token(header: "GGUFFile") -> int:
 
 
 def _print(report: Report) -> None:
-    from rich.text import Text
+    from realm_web.cli.terminal import Output
 
-    from realm_web.cli.terminal import output, table
-
-    console = output()
-    shown = table("test", "tok/s", "range", "runs", right=("tok/s", "range", "runs"))
-    for name, rate in ((f"pp{report.n_prompt}", report.pp), (f"tg{report.n_generate}", report.tg)):
-        ends = f"{min(rate.runs):,.1f} – {max(rate.runs):,.1f}"
-        shown.add_row(name, f"{rate.median:,.1f}", ends, str(len(rate.runs)))
-    console.print(Text(f"{report.model} on {report.adapter} ({report.device})"), soft_wrap=True)
-    console.print(shown)
-    console.print(
+    out = Output()
+    out.line(f"{report.model} on {report.adapter} ({report.device})")
+    rates = {f"pp{report.n_prompt}": report.pp, f"tg{report.n_generate}": report.tg}
+    out.table(
+        ("test", "tok/s", "range", "runs"),
+        (
+            (
+                name,
+                f"{rate.median:,.1f}",
+                f"{min(rate.runs):,.1f} – {max(rate.runs):,.1f}",
+                str(len(rate.runs)),
+            )
+            for name, rate in rates.items()
+        ),
+        right=("tok/s", "range", "runs"),
+    )
+    out.line(
         f"generation reads {human_bytes(report.weight_bytes)} of weights per token: "
         f"{report.bytes_per_second / 1e9:,.1f} GB/s, {report.percent:.0f} % of the "
-        f"{report.bandwidth / 1e9:,.1f} GB/s that this device reads",
-        soft_wrap=True,
+        f"{report.bandwidth / 1e9:,.1f} GB/s that this device reads"
     )

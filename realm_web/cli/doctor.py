@@ -14,8 +14,6 @@ from realm_web.cli.text import human_bytes
 from realm_web.errors import DeviceError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from realm_web.runtime.device import AdapterInfo
 
 EXAMPLES = """examples:
@@ -46,12 +44,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(adapters, chosen, reason), default=sorted))
     else:
-        from realm_web.cli.terminal import output
-
-        console = output()
-        _print_software(console)
-        _print_adapters(console, adapters, chosen)
-        _print_choice(console, chosen, reason)
+        _print(adapters, chosen, reason)
     return 0 if chosen else 2
 
 
@@ -76,60 +69,43 @@ def _as_json(adapters: "list[AdapterInfo]", chosen: "AdapterInfo | None", reason
     }
 
 
-def _print_software(console: "Console") -> None:
-    from rich.text import Text
+def _print(adapters: "list[AdapterInfo]", chosen: "AdapterInfo | None", reason: str) -> None:
+    from realm_web.cli.terminal import Output
 
-    from realm_web.cli.terminal import table
-
-    shown = table("software", "")
-    for name, value in _software().items():
-        shown.add_row(name, Text(value))
-    for name in env.VARIABLES:
-        if env.get(name) != env.VARIABLES[name].default:
-            shown.add_row(name, Text(env.get(name)))
-    console.print(shown)
+    out = Output()
+    changed = {name: env.get(name) for name in env.VARIABLES if env.get(name) != env.VARIABLES[name].default}
+    out.table(("software", ""), (_software() | changed).items())
     for name in env.unknown_names():
-        console.print(
-            f"[yellow]{name} is set, but there is no such variable; known: {', '.join(env.VARIABLES)}"
+        out.line(
+            f"{name} is set, but there is no such variable; known: {', '.join(env.VARIABLES)}", style="yellow"
         )
-    console.print()
-
-
-def _print_adapters(console: "Console", adapters: "list[AdapterInfo]", chosen: "AdapterInfo | None") -> None:
-    from rich.text import Text
-
-    from realm_web.cli.terminal import table
-
-    shown = table("", "adapter", "device", "through", "type", "can", "largest binding", "largest buffer")
-    disabled = env.disabled_features()
-    for adapter in adapters:
-        features = [f"{name} (disabled)" if name in disabled else name for name in sorted(adapter.features)]
-        if adapter.subgroup_size:
-            features.append(f"subgroup size {adapter.subgroup_size}")
-        shown.add_row(
-            "→" if adapter == chosen else "",
-            Text(adapter.name),
-            adapter.kind,
-            f"{adapter.backend} {adapter.driver}".strip(),
-            adapter.adapter_type,
-            ", ".join(features) or "–",
-            _limit(adapter.limits.max_binding),
-            _limit(adapter.limits.max_buffer),
-        )
-    console.print(shown)
+    out.table(
+        ("", "adapter", "device", "through", "type", "can", "largest binding", "largest buffer"),
+        (("→" if adapter == chosen else "", *_described(adapter)) for adapter in adapters),
+    )
     if all(adapter.kind != "webgpu" for adapter in adapters):
-        console.print(Text(NO_GPU, style="yellow"), soft_wrap=True)
-    console.print()
+        out.line(NO_GPU, style="yellow")
+    if chosen:
+        out.line(f"Chosen: {chosen.name} ({chosen.kind}): {reason}.", style="green")
+    else:
+        out.line(f"No device: {reason}", style="red")
+
+
+def _described(adapter: "AdapterInfo") -> tuple[str, ...]:
+    disabled = env.disabled_features()
+    features = [f"{name} (disabled)" if name in disabled else name for name in sorted(adapter.features)]
+    if adapter.subgroup_size:
+        features.append(f"subgroup size {adapter.subgroup_size}")
+    return (
+        adapter.name,
+        adapter.kind,
+        f"{adapter.backend} {adapter.driver}".strip(),
+        adapter.adapter_type,
+        ", ".join(features) or "–",
+        _limit(adapter.limits.max_binding),
+        _limit(adapter.limits.max_buffer),
+    )
 
 
 def _limit(nbytes: int) -> str:
     return human_bytes(nbytes) if nbytes < UNLIMITED else "memory"
-
-
-def _print_choice(console: "Console", chosen: "AdapterInfo | None", reason: str) -> None:
-    from rich.text import Text
-
-    if chosen:
-        console.print(Text(f"Chosen: {chosen.name} ({chosen.kind}): {reason}.", style="green"))
-    else:
-        console.print(Text(f"No device: {reason}", style="red"), soft_wrap=True)

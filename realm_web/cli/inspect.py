@@ -1,4 +1,7 @@
-"""Show what a model file holds: metadata, tensors, and whether it will run. Reads the header only."""
+"""Show what a model file holds: metadata, tensors, and whether it will run.
+
+Reads the header only. Exit code 2, and the reasons on stderr, when the model will not run.
+"""
 
 import argparse
 import json
@@ -8,11 +11,9 @@ from typing import TYPE_CHECKING
 
 from realm_web.cli import model, options
 from realm_web.cli.text import human_bytes, human_count, visible
-from realm_web.errors import RealmError
+from realm_web.errors import RealmError, UnsupportedError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from realm_web.gguf import GGUFFile
 
 EXAMPLES = """examples:
@@ -35,22 +36,19 @@ def main(args: argparse.Namespace) -> int:
     problems = why_not(header)
     if args.json:
         print(json.dumps(_as_json(header, problems), ensure_ascii=False))
-        return 0
-    from realm_web.cli.terminal import output
-
-    console = output()
-    _print_file(console, args.model, header)
-    _print_metadata(console, header, full=args.full)
-    _print_tensors(console, header)
-    _print_totals(console, header)
-    _print_verdict(console, problems)
+    else:
+        _print(args.model, header, full=args.full)
+    if problems:
+        raise UnsupportedError(f"{args.model} will not run: {'; '.join(problems)}")
+    if not args.json:
+        print("This model will run.")
     return 0
 
 
 def why_not(header: "GGUFFile") -> list[str]:
     """The reasons why this file cannot run, each one line; empty when it can."""
     from realm_web.chat import ChatTemplate
-    from realm_web.models import load_config
+    from realm_web.models import read_config
     from realm_web.tokenizer import Tokenizer
 
     problems = []
@@ -62,7 +60,7 @@ def why_not(header: "GGUFFile") -> list[str]:
             problems.append(str(error))
             return None
 
-    attempt(lambda: load_config(header))
+    attempt(lambda: read_config(header))
     tokenizer = attempt(lambda: Tokenizer.from_metadata(header.metadata))
     if tokenizer is not None:
         attempt(lambda: ChatTemplate.from_metadata(header.metadata, tokenizer))
@@ -81,7 +79,7 @@ def shorten(value: object, *, full: bool = False) -> str:
     if isinstance(value, list):
         shown = value if full else value[:SHOWN_ITEMS]
         head = ", ".join(json.dumps(item, ensure_ascii=False) for item in shown)
-        return visible(f"[{head}]" if len(shown) == len(value) else f"[{head}, … {len(value)} items]")
+        return f"[{head}]" if len(shown) == len(value) else f"[{head}, … {len(value)} items]"
     if isinstance(value, float):
         return f"{value:.7g}"  # the digits that a float32 holds
     text = visible(value if isinstance(value, str) else json.dumps(value))
@@ -127,61 +125,30 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_file(console: "Console", name: str, header: "GGUFFile") -> None:
+def _print(name: str, header: "GGUFFile", *, full: bool) -> None:
+    from realm_web.cli.terminal import Output
 
-    elements = sum(tensor.n_elements for tensor in header.tensors.values())
-    nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
-    from rich.text import Text
-
-    title = visible(str(header.metadata.get("general.name", name)))
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(
-        f"GGUF version {header.version}, header {human_bytes(header.header_size)}, "
-        f"{len(header.tensors)} tensors, {human_count(elements)} weights in {human_bytes(nbytes)} "
-        f"({8 * nbytes / max(elements, 1):.2f} bits each)\n",
-        soft_wrap=True,
+    out = Output()
+    tensors = header.tensors.values()
+    elements = sum(tensor.n_elements for tensor in tensors)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    out.line(str(header.metadata.get("general.name", name)), style="bold")
+    out.line(
+        f"GGUF version {header.version}, header {human_bytes(header.header_size)}, {len(tensors)} tensors, "
+        f"{human_count(elements)} weights in {human_bytes(nbytes)}, "
+        f"{8 * nbytes / max(elements, 1):.2f} bits each"
     )
-
-
-def _print_metadata(console: "Console", header: "GGUFFile", *, full: bool) -> None:
-    from rich.text import Text
-
-    from realm_web.cli.terminal import table
-
-    shown = table("metadata", "value")
-    for key, value in header.metadata.items():
-        shown.add_row(Text(key), Text(shorten(value, full=full)))
-    console.print(shown)
-    console.print()
-
-
-def _print_tensors(console: "Console", header: "GGUFFile") -> None:
-    from rich.text import Text
-
-    from realm_web.cli.terminal import table
-
-    shown = table("tensor", "shape", "type", "size", right=("shape", "size"))
-    for tensor in header.tensors.values():
-        shape = " × ".join(map(str, tensor.shape))
-        shown.add_row(Text(visible(tensor.name)), shape, tensor.type_name, human_bytes(tensor.nbytes))
-    console.print(shown)
-    console.print()
-
-
-def _print_totals(console: "Console", header: "GGUFFile") -> None:
-    from realm_web.cli.terminal import table
-
-    shown = table("type", "tensors", "weights", "size", right=("tensors", "weights", "size"))
-    for name, count, elements, nbytes in totals(header):
-        shown.add_row(name, str(count), human_count(elements), human_bytes(nbytes))
-    console.print(shown)
-    console.print()
-
-
-def _print_verdict(console: "Console", problems: list[str]) -> None:
-    from rich.text import Text
-
-    if not problems:
-        console.print(Text("This model will run.", style="green"))
-    for problem in problems:
-        console.print(Text(f"Will not run: {problem}", style="red"), soft_wrap=True)
+    out.line()
+    out.table(
+        ("metadata", "value"), ((key, shorten(value, full=full)) for key, value in header.metadata.items())
+    )
+    out.table(
+        ("tensor", "shape", "type", "size"),
+        ((t.name, " × ".join(map(str, t.shape)), t.type_name, human_bytes(t.nbytes)) for t in tensors),
+        right=("shape", "size"),
+    )
+    out.table(
+        ("type", "tensors", "weights", "size"),
+        ((kind, str(n), human_count(count), human_bytes(size)) for kind, n, count, size in totals(header)),
+        right=("tensors", "weights", "size"),
+    )

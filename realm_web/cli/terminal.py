@@ -1,6 +1,7 @@
 """What commands write for people: the load progress bar, notes on stderr, tables."""
 
 import sys
+from collections.abc import Collection, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -9,12 +10,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from realm_web.cli.text import human_bytes
+from realm_web.cli.text import human_bytes, visible
 
 if TYPE_CHECKING:
     from realm_web import engine
 
-PIPED_WIDTH = 200  # columns of a table that goes to a file or a pipe, so that nothing is cut
+PIPED_WIDTH = 200  # characters
 
 
 def note(text: str, *, style: str = "dim") -> None:
@@ -22,17 +23,26 @@ def note(text: str, *, style: str = "dim") -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(text, style=style))
 
 
-def output() -> Console:
-    """stdout for tables; wide when piped."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+class Output:
+    """stdout for people: lines of any length, and tables that are wide when piped, so that nothing is cut."""
 
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table without frames; the columns in `right` are aligned to the right."""
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+    def line(self, text: str = "", *, style: str = "") -> None:
+        self._console.print(Text(visible(text), style=style), soft_wrap=True)
+
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()
+    ) -> None:
+        """Rows of text under bold headings, then an empty line; the columns in `right` are right-aligned."""
+        shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for column in columns:
+            shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        for row in rows:
+            shown.add_row(*(Text(visible(cell)) for cell in row))
+        self._console.print(shown)
+        self._console.print()
 
 
 class _Amount(ProgressColumn):

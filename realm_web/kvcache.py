@@ -1,4 +1,4 @@
-"""The blocks of the paged KV cache: which are free, and how many holders each of the others has.
+"""The paged KV cache: which blocks are free, how many holders the others have, and the memory behind them.
 
 A block is room for the keys and values of `block_size` consecutive tokens of a sequence, in every layer. The
 pool deals in block numbers only: it knows neither the device memory behind them nor the requests that hold
@@ -8,6 +8,9 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from realm_web.runtime.device import Device
+from realm_web.tensor import Tensor
 
 
 class OutOfBlocks(Exception):
@@ -84,3 +87,16 @@ class BlockPool:
         for block in ids:
             if not 0 <= block < self.n_blocks or self._ref_counts[block] == 0:
                 raise ValueError(f"block {block} is not allocated: freed twice, or not of this pool")
+
+
+class KVPages:
+    """Keys and values of every block: per layer two tensors (n_blocks, n_kv_heads, block_size, head_dim) f16."""
+
+    def __init__(
+        self, device: Device, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int
+    ):
+        shape = (n_blocks, n_kv_heads, block_size, head_dim)
+        self.layers = [
+            tuple(Tensor.alloc(device, shape, "f16", f"KV cache of layer {i}") for _ in range(2))
+            for i in range(n_layers)
+        ]

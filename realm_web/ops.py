@@ -98,20 +98,20 @@ class Recorder:
         out: Tensor,
         *,
         bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        residual: bool = False,
         act: str = "",
         out_offset: int = 0,
         per_seq: bool = False,
     ) -> None:
-        """out[:, out_offset:] = epilogue(x @ weight.T). With act, the weight holds gate rows, then up rows."""
+        """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. With act: gate rows, then up rows."""
         m = self.n_seqs if per_seq else self.n_rows
         for shard in weight.shards:
             n = shard.n_rows // 2 if act else shard.n_rows
             consts = dict(
-                fmt=weight.fmt.name, k=weight.k, n=n, act=act, bias=bias is not None, residual=residual is not None,
+                fmt=weight.fmt.name, k=weight.k, n=n, act=act, bias=bias is not None, residual=residual,
                 out_stride=out.shape[-1], out_offset=out_offset + shard.first_row, st=self.layout,
             )  # fmt: skip
-            views = [self.step, x, *shard.parts, *(v for v in (bias, residual) if v is not None), out]
+            views = [self.step, x, *shard.parts, *([bias] if bias else []), out]
             if m > MATVEC_ROWS and not self.device.info.is_cpu and not per_seq:
                 bm = 32 if m <= 32 else 64
                 kernel = self.device.kernel("matmul", **consts, bm=bm, f16="f16" in self.device.features)

@@ -212,11 +212,11 @@ def norm_cases() -> Iterator[Case]:
 def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
     def tensors(rng):
         step = step_words([(0, m)], rng=rng)
-        extra = [normal(rng, stride)] * bias + [normal(rng, m, stride)] * residual
+        extra = [normal(rng, stride)] * bias
         weight = packed(fmt, n * (2 if act else 1), k, rng)
-        return [step, normal(rng, m, k), *weight, *extra, np.zeros((m, stride), np.float32)]
+        return [step, normal(rng, m, k), *weight, *extra, normal(rng, m, stride)]
 
-    return tensors, 2 + len(FORMATS[fmt].parts) + bias + residual
+    return tensors, 2 + len(FORMATS[fmt].parts) + bias
 
 
 def matvec_cases() -> Iterator[Case]:

@@ -121,9 +121,8 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     columns = slice(c["out_offset"], c["out_offset"] + n)
     if c["bias"]:
         y = y + v.f32()[columns]
-    if c["residual"]:
-        y = y + v.f32(-1, c["out_stride"])[:m, columns]
-    v.f32(-1, c["out_stride"])[:m, columns] = y
+    out = v.f32(-1, c["out_stride"])[:m, columns]
+    out[...] = out + y if c["residual"] else y
 
 
 @twin

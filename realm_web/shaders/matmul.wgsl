@@ -1,7 +1,7 @@
 // out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for many rows m: tiles of bm x 64 outputs, 32 deep, dequantised
 // into workgroup memory; each of 256 threads keeps bm/16 x 4 sums in registers.
-// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];  [residual (n_rows, out_stride) f32];
-// out (n_rows, out_stride) f32
+// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
+// out (n_rows, out_stride) f32, which is added to with `residual`
 // act "silu_mul": a tile holds 32 gate rows and their 32 up rows.
 // constants: fmt, k, n, act, bias, residual, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (tiles in half)
 // grid: (ceil(n / (32 if act else 64)), ceil(n_rows / bm), 1)
@@ -14,9 +14,6 @@
 {{ weight("w", fmt) }}
 # if bias
 {{ bind("bias", "f32") }}
-# endif
-# if residual
-{{ bind("residual", "f32") }}
 # endif
 {{ bind("out", "f32", "read_write") }}
 
@@ -37,7 +34,7 @@ fn store(m: u32, n: u32, first: f32, second: f32) {
   v += bias[{{ out_offset }}u + n];
   # endif
   # if residual
-  v += residual[at];
+  v += out[at];
   # endif
   out[at] = v;
 }

@@ -1,6 +1,6 @@
 // out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for a few rows m: `lanes` threads share one weight row.
-// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];  [residual (n_rows, out_stride) f32];
-// out (n_rows, out_stride) f32
+// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
+// out (n_rows, out_stride) f32, which is added to with `residual`
 // act "silu_mul": out = silu(w[n] . x) * (w[n_total + n] . x): gate rows first, then up rows.
 // constants: fmt, k, n, act, bias, residual, out_stride, out_offset, per_seq (rows are sequences, not tokens), st;
 // tuning: m_tile rows of x at a time; lanes per weight row; rows per lane group; wg threads; subgroup size or 0
@@ -16,9 +16,6 @@
 {{ weight("w", fmt) }}
 # if bias
 {{ bind("bias", "f32") }}
-# endif
-# if residual
-{{ bind("residual", "f32") }}
 # endif
 {{ bind("out", "f32", "read_write") }}
 
@@ -40,7 +37,7 @@ fn store(m: u32, n: u32, first: f32, second: f32) {
   v += bias[{{ out_offset }}u + n];
   # endif
   # if residual
-  v += residual[at];
+  v += out[at];
   # endif
   out[at] = v;
 }

@@ -1,0 +1,384 @@
+"""Requests in, text out: one engine per model, many requests at once, several steps in flight.
+
+The engine owns the only loop: schedule, submit, await the oldest step, hand out its tokens. It knows tokens, text
+and time; what runs is the scheduler's decision, how it runs is the runner's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from realm_web.chat import ChatTemplate
+from realm_web.errors import DeviceError, FormatError, RealmError, RequestError
+from realm_web.gguf import GGUFFile
+from realm_web.loader import Loader, Source, read_header, read_vector
+from realm_web.models import build, read_config
+from realm_web.models.config import ModelConfig, rope_turns
+from realm_web.runner import Runner, room_error
+from realm_web.runtime.adapters import open_device
+from realm_web.runtime.device import Device
+from realm_web.sampler import SamplingParams
+from realm_web.scheduler import FinishReason, Request, Scheduler
+from realm_web.tokenizer import StopMatcher, StreamDecoder, Tokenizer
+
+DEFAULT_CONTEXT = 8192
+MAX_SEQS = 8
+MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of loading: bytes for "load", pipelines for "compile"."""
+
+    stage: str
+    done: int
+    total: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds, and tokens per second. The first token belongs to the prompt's time."""
+
+    prompt_ms: float
+    predicted_ms: float
+    time_to_first_token_ms: float
+    prompt_per_second: float
+    predicted_per_second: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. The last one has finish_reason, usage and timings."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@dataclass(eq=False)
+class _Answer:
+    """What the engine keeps of a request: its text so far, and who waits for it."""
+
+    request: Request
+    decoder: StreamDecoder
+    stops: StopMatcher
+    queue: asyncio.Queue[Chunk | BaseException] = field(default_factory=asyncio.Queue)
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    n_tokens: int = 0
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """The text that is safe to show after one more token, and whether a stop string ended it."""
+        self.n_tokens += 1
+        if self.n_tokens == 1:
+            self.first = time.perf_counter()
+        return self.stops.push(self.decoder.push(token))
+
+    def rest(self) -> str:
+        """The text held back, when no more tokens come."""
+        text, stopped = self.stops.push(self.decoder.finish())
+        return text if stopped else text + self.stops.finish()
+
+    def last_chunk(self, text: str, tokens: tuple[int, ...], reason: FinishReason) -> Chunk:
+        now = time.perf_counter()
+        n_prompt, first = len(self.request.prompt_ids), self.first or now
+        prompt_s, predicted_s = first - self.started, now - first
+        timings = Timings(
+            prompt_ms=1e3 * prompt_s,
+            predicted_ms=1e3 * predicted_s,
+            time_to_first_token_ms=1e3 * prompt_s,
+            prompt_per_second=n_prompt / max(prompt_s, 1e-9),
+            predicted_per_second=(self.n_tokens - 1) / predicted_s
+            if self.n_tokens > 1 and predicted_s
+            else 0.0,
+        )
+        return Chunk(text, tokens, reason, Usage(n_prompt, self.n_tokens), timings)
+
+
+class Engine:
+    """A model that answers any number of requests at once. Open it with `await Engine.open(...)`.
+
+    >>> async def main():
+    ...     engine = await Engine.open(model_path, device="cpu")
+    ...     async for chunk in engine.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=5)):
+    ...         print(chunk.text, end="")
+    ...     await engine.close()
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, template: ChatTemplate, gguf: GGUFFile, latency: float
+    ):
+        self.runner, self.tokenizer, self.template, self.gguf = runner, tokenizer, template, gguf
+        self.context = runner.pool.n_blocks * runner.pool.block_size
+        self.scheduler = Scheduler(
+            runner.pool, max_seqs=runner.layout.max_seqs, max_rows=runner.max_rows, max_context=self.context
+        )
+        self.readback_latency = latency  # seconds from submission to the host, on an idle device
+        self.depth = 2  # steps in flight; follows the latency
+        self._answers: dict[str, _Answer] = {}
+        self._names = itertools.count()
+        self._task: asyncio.Task | None = None
+        self._step_seconds = 0.0
+
+    @classmethod
+    async def open(
+        cls,
+        source: str | Path | Source,
+        *,
+        device: str = "auto",
+        context: int | None = None,
+        max_seqs: int = MAX_SEQS,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Engine:
+        """Load a GGUF model onto a device.
+
+        `source` is a path, a URL, `hf:user/repo:Q4_K_M`, or a `Source`. `device` is "auto", "webgpu" or "cpu".
+        `context` is how many tokens all running requests may hold together (the model's, at most 8192, if not
+        given). Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
+        """
+        if isinstance(source, str | Path):
+            from realm_web.sources import open_source
+
+            source = await open_source(source)
+        try:
+            gguf = await read_header(source)
+            try:
+                config = read_config(gguf)
+                tokenizer = Tokenizer.from_metadata(gguf.metadata)
+                template = ChatTemplate.from_metadata(gguf.metadata, tokenizer)
+            except (FormatError, RequestError) as error:
+                raise type(error)(f"{source.name}: {error}") from None
+            if tokenizer.n_vocab > config.n_vocab:
+                raise FormatError(
+                    f"{source.name}: {tokenizer.n_vocab} tokens in the vocabulary, {config.n_vocab} rows of weights"
+                )
+            context = _check_context(context, config)
+            opened = await open_device(device)
+            return await cls._load(
+                source, gguf, opened, config, tokenizer, template, context, max_seqs, on_progress
+            )
+        finally:
+            source.close()
+
+    @classmethod
+    async def _load(
+        cls, source: Source, gguf: GGUFFile, device: Device, config: ModelConfig, tokenizer: Tokenizer,
+        template: ChatTemplate, context: int, max_seqs: int, on_progress: Callable[[Progress], None] | None,
+    ) -> Engine:  # fmt: skip
+        def report(stage: str, label: str) -> Callable[[int, int], None] | None:
+            if on_progress is None:
+                return None
+            return lambda done, total: on_progress(Progress(stage, done, total, label))
+
+        divisors = None
+        if "rope_freqs.weight" in gguf.tensors:
+            info = gguf.tensor("rope_freqs.weight", (config.rope_dim // 2,))
+            divisors = list(await read_vector(source, info))
+            if not all(0 < d < float("inf") for d in divisors):
+                raise FormatError(
+                    f"{source.name}: rope_freqs.weight holds values that are no positive numbers"
+                )
+        turns, magnitude = rope_turns(config, divisors)
+        try:
+            try:
+                model = build(gguf, device)
+                runner = Runner(
+                    device, model, context=context, max_seqs=max_seqs, turns=turns, magnitude=magnitude
+                )
+            except DeviceError as error:
+                weights = sum(info.nbytes for info in gguf.tensors.values())
+                raise room_error(error, weights + config.kv_bytes_per_token * context, device) from error
+            loader = Loader(device, model, gguf, source)
+            await device.compile()
+            await asyncio.gather(
+                loader.load(report("load", Path(source.name).name)),
+                runner.prepare(report("compile", device.name)),
+            )
+            latency = await _measure_latency(device)
+        except BaseException:
+            device.close()
+            raise
+        return cls(runner, tokenizer, template, gguf, latency)
+
+    @property
+    def device(self) -> Device:
+        return self.runner.device
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.runner.config
+
+    def chat_prompt(self, messages: Sequence[dict]) -> str:
+        """The text of a conversation in the model's own template, ready for `generate`."""
+        return self.template.render(list(messages), add_generation_prompt=True)
+
+    def chat(self, messages: Sequence[dict], params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
+        """Answer a conversation: dicts with "role" and "content"."""
+        return self.generate(self.chat_prompt(messages), params)
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[Chunk]:
+        """Continue a text (special tokens in it count as such) or a list of token ids, piece by piece.
+
+        Leaving the iteration early ends the request. RequestError when the prompt does not fit the context or a
+        parameter names a token that the model does not have.
+        """
+        params = params or SamplingParams()
+        params.check_vocabulary(self.config.n_vocab)
+        answer = self._add(self._prompt_ids(prompt), params)
+        try:
+            while True:
+                chunk = await answer.queue.get()
+                if isinstance(chunk, BaseException):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            if self._answers.pop(answer.request.id, None):
+                self.scheduler.abort(answer.request.id)
+
+    async def close(self) -> None:
+        """End every request and give the device's memory back."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for answer in self._answers.values():
+            answer.queue.put_nowait(RealmError("the engine was closed"))
+        await self.device.synchronize()
+        self.device.close()
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        ids = tuple(prompt)
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < self.config.n_vocab:
+                raise RequestError(
+                    f"prompt token {token!r} is not one of this model's 0 to {self.config.n_vocab - 1}"
+                )
+        return ids
+
+    def _add(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> _Answer:
+        seed = params.seed if params.seed is not None else random.getrandbits(32)
+        request = Request(f"r{next(self._names)}", prompt_ids, params, self.tokenizer.eog_ids, seed)
+        self.scheduler.add(request)
+        answer = _Answer(request, self.tokenizer.stream(skip_special=True), StopMatcher(params.stop))
+        self._answers[request.id] = answer
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        return answer
+
+    async def _run(self) -> None:
+        """Until nothing is left to do: keep `depth` steps in flight and hand out the tokens of the oldest."""
+        in_flight: deque = deque()
+        try:
+            arrived = time.perf_counter()
+            while self.scheduler.has_work or in_flight:
+                while len(in_flight) < self.depth and (batch := self.scheduler.schedule()) is not None:
+                    in_flight.append((batch, await self.runner.run(batch, self._request)))
+                if not in_flight:
+                    raise RuntimeError("requests wait, but the scheduler runs none")
+                batch, readback = in_flight.popleft()
+                ids = array("I", await readback)
+                now = time.perf_counter()
+                self._adapt_depth(now - arrived)
+                arrived = now
+                self._deliver(batch, ids)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            for answer in self._answers.values():
+                self.scheduler.abort(answer.request.id)
+                answer.queue.put_nowait(error)
+            self._answers.clear()
+            self.runner.forget()
+        finally:
+            for _, readback in in_flight:  # let the staging memory go
+                await asyncio.gather(_finished(readback), return_exceptions=True)
+
+    def _request(self, request_id: str) -> Request:
+        return self.scheduler.get(request_id)
+
+    def _adapt_depth(self, seconds: float) -> None:
+        """As many steps in flight as hide the readback latency: a step that takes 1 ms behind 10 ms needs 11."""
+        self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
+        wanted = 2 + int(self.readback_latency / max(self._step_seconds, 1e-6))
+        self.depth = max(2, min(MAX_DEPTH, wanted))
+
+    def _deliver(self, batch, ids: array) -> None:
+        outputs = self.scheduler.update(batch, ids[: len(batch.seqs)])
+        for output in outputs:
+            answer = self._answers.get(output.request_id)
+            if answer is None:
+                continue
+            token, reason, text = output.token_id, output.finish_reason, ""
+            if token is not None and token >= self.config.n_vocab:
+                self._fail(
+                    answer, RealmError("the model computed no number for any token (NaN): a broken file?")
+                )
+                continue
+            if token is not None:
+                text, stopped = answer.push(token)
+                if stopped:
+                    self.scheduler.finish(output.request_id, "stop")
+                    reason = "stop"
+                elif reason is not None:
+                    text += answer.rest()
+            if reason is None:
+                answer.queue.put_nowait(Chunk(text, (token,)))
+            else:
+                del self._answers[output.request_id]
+                answer.queue.put_nowait(answer.last_chunk(text, (token,), reason))
+
+    def _fail(self, answer: _Answer, error: RealmError) -> None:
+        self.scheduler.abort(answer.request.id)
+        del self._answers[answer.request.id]
+        answer.queue.put_nowait(error)
+
+
+async def _finished(readback) -> None:
+    await readback
+
+
+def _check_context(context: int | None, config: ModelConfig) -> int:
+    if context is None:
+        return min(config.context_length, DEFAULT_CONTEXT)
+    if not 2 <= context <= config.context_length:
+        raise RequestError(f"context {context}: this model takes 2 to {config.context_length} tokens")
+    return context
+
+
+async def _measure_latency(device: Device) -> float:
+    """Seconds from an empty submission to its bytes on the host: the median of five."""
+    buffer = device.alloc(16, "latency probe")
+    program = device.program("latency probe")
+    program.readback = device.view(buffer)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        await device.submit(program)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[2]

@@ -1,0 +1,155 @@
+"""From a source of bytes to weights on the device: header first, then tensor by tensor in chunks.
+
+Python sees offsets, never weights: a chunk goes as it came from the source to `Device.write`, and a kernel repacks
+it. Knows no file system and no network; `sources.py` and the page provide sources.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from realm_web.errors import FormatError, UnsupportedError
+from realm_web.gguf import GGUFFile, NeedMoreBytes, TensorInfo, parse
+from realm_web.models.transformer import Target, Transformer
+from realm_web.quants import CHUNK
+from realm_web.runtime.device import Buffer, Device, Kernel
+from realm_web.tensor import Shard, Tensor, Weight
+
+STAGING_BYTES = 8 << 20
+GRANULE = 16  # chunks: 512 weights, whole blocks and whole words in every format
+IN_QUEUE = 8  # staged chunks between two waits, so that the driver's own copies stay few
+
+
+class Source(Protocol):
+    """Bytes at offsets: a file, a URL, or what a page holds."""
+
+    name: str
+    size: int
+
+    async def read(self, offset: int, nbytes: int) -> Any:
+        """What the device's `write` takes. Past the end of the file it may be shorter."""
+
+    async def read_bytes(self, offset: int, nbytes: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+async def read_header(source: Source) -> GGUFFile:
+    """Parse the header, asking for longer prefixes as the parser wants them. Errors name the source."""
+    wanted, data = 1 << 20, b""
+    while True:
+        wanted = min(wanted, source.size)
+        data += await source.read_bytes(len(data), wanted - len(data))
+        try:
+            return parse(data, source.size)
+        except NeedMoreBytes as more:
+            if len(data) >= source.size or len(data) < wanted:
+                raise FormatError(
+                    f"{source.name}: the file ends within its header; download it again"
+                ) from None
+            wanted = more.n
+        except (FormatError, UnsupportedError) as error:
+            raise type(error)(f"{source.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive chunks of one tensor that go to one shard in one dispatch."""
+
+    offset: int  # in the file
+    nbytes: int
+    n_chunks: int
+    first_chunk: int  # in the shard
+    shard: Shard
+
+
+def pieces(info: TensorInfo, target: Target) -> Iterator[Piece]:
+    """Cut a tensor at shard borders and into at most STAGING_BYTES each."""
+    weight, fmt = target.to, info.format
+    per_row = weight.k // CHUNK
+    first, end = target.first, target.first + info.shape[1]
+    step = STAGING_BYTES // fmt.nbytes(GRANULE * CHUNK) * GRANULE
+    for shard in weight.shards:
+        low, high = max(first, shard.first_row), min(end, shard.first_row + shard.n_rows)
+        for chunk in range(low * per_row, high * per_row, step) if low < high else ():
+            n = min(step, high * per_row - chunk)
+            offset = info.offset + fmt.nbytes((chunk - first * per_row) * CHUNK)
+            yield Piece(offset, fmt.nbytes(n * CHUNK), n, chunk - shard.first_row * per_row, shard)
+
+
+class Loader:
+    """Fills a model's weights. One staging buffer, one kernel per format, one program per shard and format."""
+
+    def __init__(self, device: Device, model: Transformer, gguf: GGUFFile, source: Source):
+        self._device, self._model, self._gguf, self._source = device, model, gguf, source
+        self._kernels: dict[str, Kernel] = {}
+        dense = {"dense": True} if "dense" in device.features else {}
+        for name, target in model.targets.items():
+            fmt = gguf.tensors[name].format
+            if isinstance(target.to, Weight) and fmt.name not in self._kernels:
+                self._kernels[fmt.name] = device.kernel("repack", fmt=fmt.name, **dense)
+
+    async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every tensor in file order. The repack kernels must be compiled before."""
+        device = self._device
+        staging = device.alloc(STAGING_BYTES + 64, "staging")
+        params = device.alloc(16, "repack parameters")
+        names = sorted(self._model.targets, key=lambda name: self._gguf.tensors[name].offset)
+        total = sum(self._gguf.tensors[name].nbytes for name in names)
+        done = queued = 0
+        for name in names:
+            info, target = self._gguf.tensors[name], self._model.targets[name]
+            if isinstance(target.to, Tensor):
+                await self._load_vector(info, target)
+                done += info.nbytes
+                continue
+            for piece in pieces(info, target):
+                data = self._source.read(piece.offset, -(-piece.nbytes // 4) * 4)
+                await self._place(piece, data, info.format.name, staging, params)
+                done, queued = done + piece.nbytes, queued + 1
+                if queued % IN_QUEUE == 0:
+                    await device.synchronize()
+                if on_progress:
+                    on_progress(done, total)
+        await device.synchronize()
+        device.free(staging)
+        device.free(params)
+        if on_progress:
+            on_progress(total, total)
+
+    async def _place(
+        self, piece: Piece, data: Awaitable[Any], fmt: str, staging: Buffer, params: Buffer
+    ) -> None:
+        device = self._device
+        device.write(staging, await data)
+        device.write(params, struct.pack("<4I", piece.n_chunks, piece.first_chunk, 0, 0))
+        program = device.program("repack")
+        views = (device.view(staging), device.view(params), *piece.shard.parts)
+        program.add(self._kernels[fmt], views, (-(-piece.n_chunks // 64),))
+        device.submit(program)
+
+    async def _load_vector(self, info: TensorInfo, target: Target) -> None:
+        values = await read_vector(self._source, info)
+        self._device.write(target.to.buffer, values.tobytes(), 4 * target.first)
+
+
+async def read_vector(source: Source, info: TensorInfo) -> array:
+    """A small tensor as float32 on the host. UnsupportedError for a quantised one."""
+    data = await source.read_bytes(info.offset, info.nbytes)
+    if len(data) < info.nbytes:
+        raise FormatError(f"{source.name}: the file ends within tensor {info.name!r}; download it again")
+    name = info.type_name
+    if name == "F32":
+        return array("f", data)
+    if name == "F16":
+        return array("f", struct.unpack(f"<{info.n_elements}e", data))
+    if name == "BF16":
+        halves = struct.unpack(f"<{info.n_elements}H", data)
+        return array("f", struct.pack(f"<{info.n_elements}I", *(half << 16 for half in halves)))
+    raise UnsupportedError(
+        f"tensor {info.name!r} is a vector of type {name}; supported are F32, F16 and BF16"
+    )

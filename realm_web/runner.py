@@ -1,0 +1,250 @@
+"""Runs batches: one write of the step buffer, one submission of a recorded program, sampled ids back.
+
+A program is recorded once for each bucket of rows and sequences (and kind of sampling) and replayed from then on.
+While the same requests decode token after token, not even the step buffer is written: the device advances it.
+Knows batches and the device; knows no text and no event loop beyond awaiting the device.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from realm_web.errors import DeviceError
+from realm_web.kvcache import BlockPool, KVPages
+from realm_web.models.config import ModelConfig
+from realm_web.models.transformer import Transformer
+from realm_web.ops import MATVEC_ROWS, Recorder
+from realm_web.runtime.device import Device, Program
+from realm_web.sampler import SamplingParams
+from realm_web.scheduler import Batch, Request, SeqSlice
+from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
+from realm_web.tensor import Tensor
+
+BLOCK_SIZE = 32
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+PREFILL_BUCKETS = (32, 128, 512)  # compiled when the model is opened, with the bucket of 1
+SPLIT_AT = ((256, 1), (1024, 4), (1 << 30, 16))  # attention parts up to so many tokens of context
+ATTENTION_QUERIES = 16  # query rows times heads that one workgroup keeps
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a program is recorded for."""
+
+    n_rows: int
+    n_seqs: int
+    splits: int
+    draw: bool  # some sequence is not greedy
+    adjust: bool  # some sequence has penalties or a logit bias
+
+
+class Runner:
+    """A model on a device with its KV cache, ready to run batches of at most max_rows rows and max_seqs sequences."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Transformer,
+        *,
+        context: int,
+        max_seqs: int,
+        turns: list[int],
+        magnitude: float,
+    ):
+        self.device, self.model = device, model
+        config = model.config
+        self.max_rows = PREFILL_BUCKETS[-1]
+        n_blocks = -(-context // BLOCK_SIZE)
+        self.pool = BlockPool(n_blocks, BLOCK_SIZE)
+        self.layout = StepLayout(self.max_rows, max_seqs, n_blocks)
+        self.pages = KVPages(
+            device, config.n_layers, config.n_kv_heads, config.head_dim, n_blocks, BLOCK_SIZE
+        )
+        self._step = device.alloc(4 * self.layout.n_words, "step")
+        self._slots = device.alloc(4 * max_seqs, "slots")
+        self._out = device.alloc(4 * max_seqs, "sampled ids")
+        self._turns = Tensor.alloc(device, (len(turns),), "u32", "rope turns")
+        device.write(self._turns.buffer, array("I", turns).tobytes())
+        self._magnitude = magnitude
+        self._arena: dict[str, Tensor] = {}
+        self._adjustments: tuple[Tensor, Tensor] | None = (
+            None  # logit bias and token counts, (max_seqs, n_vocab)
+        )
+        self._adjusted_slots: set[int] = set()  # whose rows there are not zero
+        self._programs: dict[Bucket, Program] = {}
+        self._last: Batch | None = None  # what the step buffer holds, before the device advanced it
+        self.n_writes = 0  # of the step buffer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    async def prepare(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Record and compile the programs that one conversation needs."""
+        for n_rows in (1, *PREFILL_BUCKETS):
+            self._program(Bucket(n_rows, 1, 1, draw=False, adjust=False))
+        for splits in {splits for _, splits in SPLIT_AT if not self.device.info.is_cpu}:
+            self._program(Bucket(1, 1, splits, draw=False, adjust=False))
+        self._program(Bucket(1, 1, 1, draw=True, adjust=False))
+        await self.device.compile(on_progress)
+
+    async def run(self, batch: Batch, request_of: Callable[[str], Request]) -> Awaitable[bytes]:
+        """Submit the batch; the awaitable gives one u32 token id per sequence of the batch."""
+        params = [request_of(seq.request_id).params for seq in batch.seqs]
+        bucket = self._bucket(batch, params)
+        program = self._programs.get(bucket)
+        if program is None:
+            program = self._program(bucket)
+            await self.device.compile()
+        if bucket.adjust:
+            self._write_adjustments(batch, request_of)
+        self._write_step(batch, params, request_of)
+        return self.device.submit(program)
+
+    def forget(self) -> None:
+        """The step buffer may hold anything: write it whole at the next step."""
+        self._last = None
+
+    def _bucket(self, batch: Batch, params: list[SamplingParams]) -> Bucket:
+        longest = max(seq.kv_len for seq in batch.seqs)
+        n_rows = next(b for b in ROW_BUCKETS if b >= batch.n_rows)
+        if n_rows > MATVEC_ROWS:
+            n_rows = (
+                next((b for b in PREFILL_BUCKETS if b >= n_rows), n_rows) if not batch.is_decode else n_rows
+            )
+        splits = 1
+        if n_rows <= MATVEC_ROWS and not self.device.info.is_cpu:
+            splits = next(splits for length, splits in SPLIT_AT if longest <= length)
+        return Bucket(
+            n_rows=n_rows,
+            n_seqs=next(b for b in ROW_BUCKETS if b >= len(batch.seqs)),
+            splits=splits,
+            draw=not all(p.greedy for p in params),
+            adjust=any(p.penalizes or p.logit_bias for p in params),
+        )
+
+    def _program(self, bucket: Bucket) -> Program:
+        """Record the whole pass for a bucket. New kernels are still to be compiled."""
+        device, layout = self.device, self.layout
+        program = device.program(str(bucket))
+        recorder = Recorder(
+            device, program, layout, device.view(self._step), device.view(self._slots), bucket.n_rows, bucket.n_seqs,
+            self._qt(bucket.n_rows), bucket.splits, self._arena,
+        )  # fmt: skip
+        logits = self.model.record(recorder, self.pages.layers, self._turns, self._magnitude)
+        counts = None
+        if bucket.adjust:
+            bias, counts = self._adjustment_tables()
+            recorder.adjust_logits(logits, bias, counts)
+        out = device.view(self._out)
+        recorder.sample(logits, out, draw=bucket.draw, counts=counts)
+        program.readback = device.view(self._out, 0, 4 * bucket.n_seqs)
+        self._programs[bucket] = program
+        return program
+
+    def _qt(self, n_rows: int) -> int:
+        """Query rows per attention tile: one while the matrix-vector kernel runs, else what a workgroup can keep."""
+        group = self.config.n_heads // self.config.n_kv_heads
+        return 1 if n_rows <= MATVEC_ROWS else max(1, ATTENTION_QUERIES // group)
+
+    def _write_step(
+        self, batch: Batch, params: list[SamplingParams], request_of: Callable[[str], Request]
+    ) -> None:
+        last, self._last = self._last, batch
+        layout = self.layout
+        if last is not None and _follows(batch, last):
+            for i, (seq, before) in enumerate(zip(batch.seqs, last.seqs, strict=True)):
+                if seq.blocks is not before.blocks and seq.blocks != before.blocks:
+                    self._write_table(i, seq)
+            return
+        self.n_writes += 1
+        n_rows = next(b for b in ROW_BUCKETS if b >= batch.n_rows)
+        qt = self._qt(n_rows)
+        tiles, records = [], []
+        for seq, p in zip(batch.seqs, params, strict=True):
+            if qt > 1:
+                for start in range(0, seq.n_rows, qt):
+                    tiles.append((seq.row_start + start) | min(qt, seq.n_rows - start) << 16)
+            records.append(
+                sequence_record(
+                    slot=seq.slot,
+                    kv_len=seq.kv_len,
+                    logits_row=seq.row_start + seq.n_rows - 1 if seq.samples else NONE,
+                    draw_position=seq.draw_position,
+                    seed=request_of(seq.request_id).seed,
+                    params=_sampling_words(p),
+                )
+            )
+        words = layout.pack(
+            tokens=batch.tokens, positions=batch.positions, row_seqs=batch.row_seq, records=records, tiles=tiles,
+            advance=batch.is_decode,
+        )  # fmt: skip
+        self.device.write(self._step, words)
+        for i, seq in enumerate(batch.seqs):
+            self._write_table(i, seq)
+
+    def _write_table(self, index: int, seq: SeqSlice) -> None:
+        offset = 4 * (self.layout.tables + index * self.layout.max_blocks)
+        self.device.write(self._step, array("I", seq.blocks).tobytes(), offset)
+
+    def _adjustment_tables(self) -> tuple[Tensor, Tensor]:
+        if self._adjustments is None:
+            shape = (self.layout.max_seqs, self.config.n_vocab)
+            self._adjustments = (
+                Tensor.alloc(self.device, shape, "f32", "logit bias"),
+                Tensor.alloc(self.device, shape, "u32", "token counts"),
+            )
+        return self._adjustments
+
+    def _write_adjustments(self, batch: Batch, request_of: Callable[[str], Request]) -> None:
+        """Fill the rows of slots that a request has just entered; later tokens are counted on the device."""
+        bias, counts = self._adjustment_tables()
+        n_vocab = self.config.n_vocab
+        for seq in batch.seqs:
+            request = request_of(seq.request_id)
+            params = request.params
+            adjusts = params.penalizes or bool(params.logit_bias)
+            if not seq.first or not (adjusts or seq.slot in self._adjusted_slots):
+                continue
+            row = array("f", bytes(4 * n_vocab))
+            for token, value in params.logit_bias.items():
+                row[token] = value
+            self.device.write(bias.buffer, row.tobytes(), 4 * n_vocab * seq.slot)
+            tally = array("I", bytes(4 * n_vocab))
+            for token in request.prompt_ids:
+                tally[token] = 1 << 31
+            for token in request.output_ids:
+                tally[token] += 1
+            self.device.write(counts.buffer, tally.tobytes(), 4 * n_vocab * seq.slot)
+            (self._adjusted_slots.add if adjusts else self._adjusted_slots.discard)(seq.slot)
+
+
+def _sampling_words(p: SamplingParams) -> bytes:
+    return sampling_words(
+        temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, repetition=p.repetition_penalty,
+        presence=p.presence_penalty, frequency=p.frequency_penalty,
+    )  # fmt: skip
+
+
+def _follows(batch: Batch, last: Batch) -> bool:
+    """Whether the device has made `batch` out of `last` by itself: every sequence one token further."""
+    if not (batch.is_decode and last.is_decode and len(batch.seqs) == len(last.seqs)):
+        return False
+    return all(
+        now.request_id == before.request_id
+        and now.slot == before.slot
+        and now.kv_len == before.kv_len + 1
+        and before.samples
+        and now.samples
+        for now, before in zip(batch.seqs, last.seqs, strict=True)
+    )
+
+
+def room_error(error: DeviceError, needed: int, device: Device) -> DeviceError:
+    """A failed allocation in terms of the whole model: what it needs, what was had before it failed."""
+    return DeviceError(
+        f"{error} (the model needs about {needed / 1e9:.2f} GB on {device.name}; "
+        f"{device.allocated / 1e9:.2f} GB were had before this)"
+    )

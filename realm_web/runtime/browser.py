@@ -1,0 +1,252 @@
+"""The page's backend: `navigator.gpu` from Pyodide, in a Web Worker.
+
+A recorded program is one JavaScript closure, so a token costs one call from Python. Weights come as JavaScript
+`Uint8Array`s and go to `queue.writeBuffer` as they are; they never enter Python's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import js
+from pyodide.code import run_js
+from pyodide.ffi import JsException, JsProxy, create_proxy, to_js
+
+from realm_web.errors import DeviceError
+from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
+
+FEATURES = {"subgroups": "subgroups", "shader-f16": "f16", "timestamp-query": "timestamps"}
+LIMITS = (
+    "maxBufferSize",
+    "maxStorageBufferBindingSize",
+    "maxStorageBuffersPerShaderStage",
+    "maxComputeWorkgroupsPerDimension",
+    "maxComputeInvocationsPerWorkgroup",
+    "maxComputeWorkgroupSizeX",
+    "maxComputeWorkgroupStorageSize",
+)
+NO_WEBGPU = (
+    "this browser offers no WebGPU adapter: use a current Chrome, Edge, Firefox or Safari, "
+    "and turn hardware acceleration on in its settings"
+)
+
+HELPERS = """
+(device) => {
+  const { STORAGE, COPY_SRC, COPY_DST, MAP_READ } = GPUBufferUsage;
+  const staging = new Map();  // size -> unused mappable buffers
+  const errors = [];  // of error scopes and of the device, reported at the next read
+  device.addEventListener("uncapturederror", (event) => errors.push(event.error.message));
+  device.lost.then((info) => errors.push(`the GPU device was lost: ${info.message || info.reason}`));
+
+  const readBack = (encoder, source, offset, nbytes) => {
+    const size = Math.max(256, 2 ** Math.ceil(Math.log2(nbytes)));
+    const unused = staging.get(size) ?? [];
+    staging.set(size, unused);
+    const buffer = unused.pop() ?? device.createBuffer({ size, usage: MAP_READ | COPY_DST });
+    encoder.copyBufferToBuffer(source, offset, buffer, 0, nbytes);
+    device.queue.submit([encoder.finish()]);
+    return buffer.mapAsync(GPUMapMode.READ).then(() => {
+      const bytes = new Uint8Array(buffer.getMappedRange(0, size).slice(0, nbytes));
+      buffer.unmap();
+      unused.push(buffer);
+      return bytes;
+    });
+  };
+
+  return {
+    errors,
+    alloc(size, label) {
+      device.pushErrorScope("out-of-memory");
+      const buffer = device.createBuffer({ size, label, usage: STORAGE | COPY_SRC | COPY_DST });
+      device.popErrorScope().then((error) => error && errors.push(`no room for ${label}: ${error.message}`));
+      return buffer;
+    },
+    write(buffer, offset, data) {
+      const bytes = data instanceof Uint8Array ? data : new Uint8Array(data);
+      if (bytes.length % 4 === 0) return device.queue.writeBuffer(buffer, offset, bytes);
+      const padded = new Uint8Array(bytes.length + 4 - (bytes.length % 4));
+      padded.set(bytes);
+      device.queue.writeBuffer(buffer, offset, padded);
+    },
+    read: (buffer, offset, nbytes) => readBack(device.createCommandEncoder(), buffer, offset, nbytes),
+    async compile(code, access, label) {
+      device.pushErrorScope("validation");
+      const layout = device.createBindGroupLayout({
+        entries: access.map((mode, binding) => ({
+          binding, visibility: GPUShaderStage.COMPUTE,
+          buffer: { type: mode === "read" ? "read-only-storage" : "storage" },
+        })),
+      });
+      const module = device.createShaderModule({ code, label });
+      const made = device.createComputePipelineAsync({
+        label, layout: device.createPipelineLayout({ bindGroupLayouts: [layout] }),
+        compute: { module, entryPoint: "main" },
+      });
+      made.catch(() => {});
+      const problem = await device.popErrorScope();
+      if (problem) throw new Error(problem.message);
+      return { pipeline: await made, layout };
+    },
+    bind: (kernel, buffers, offsets, sizes) => device.createBindGroup({
+      layout: kernel.layout,
+      entries: buffers.map((buffer, binding) => ({
+        binding, resource: { buffer, offset: offsets[binding], size: sizes[binding] },
+      })),
+    }),
+    record(kernels, groups, grids, source, offset, nbytes) {
+      const n = groups.length;
+      const pipelines = kernels.map((kernel) => kernel.pipeline);
+      return () => {
+        const encoder = device.createCommandEncoder();
+        const pass = encoder.beginComputePass();
+        for (let i = 0; i < n; i++) {
+          if (i === 0 || pipelines[i] !== pipelines[i - 1]) pass.setPipeline(pipelines[i]);
+          pass.setBindGroup(0, groups[i]);
+          pass.dispatchWorkgroups(grids[3 * i], grids[3 * i + 1], grids[3 * i + 2]);
+        }
+        pass.end();
+        if (nbytes) return readBack(encoder, source, offset, nbytes);
+        device.queue.submit([encoder.finish()]);
+        return null;
+      };
+    },
+    done: () => device.queue.onSubmittedWorkDone(),
+  };
+}
+"""
+
+
+async def open_backend() -> BrowserBackend:
+    """Ask the browser for its fastest adapter and open it with every limit it has. DeviceError says what to do."""
+    gpu = getattr(js.navigator, "gpu", None)
+    adapter = await gpu.requestAdapter(_object(powerPreference="high-performance")) if gpu else None
+    if not adapter:
+        raise DeviceError(NO_WEBGPU)
+    features = [name for name in FEATURES if adapter.features.has(name)]
+    limits = {name: getattr(adapter.limits, name) for name in LIMITS}
+    try:
+        device = await adapter.requestDevice(_object(requiredFeatures=features, requiredLimits=limits))
+    except JsException as error:
+        raise DeviceError(f"the browser's GPU device could not be opened: {error.message}") from error
+    return BrowserBackend(device, _info(adapter.info, features, limits))
+
+
+def _object(**fields: Any) -> Any:
+    return to_js(fields, dict_converter=js.Object.fromEntries)
+
+
+def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo:
+    def text(name: str) -> str:
+        return str(getattr(info, name, "") or "")
+
+    software = bool(getattr(info, "isFallbackAdapter", False)) or "swiftshader" in text("architecture").lower()
+    smallest, largest = (int(getattr(info, name, 0) or 0) for name in ("subgroupMinSize", "subgroupMaxSize"))
+    words = [text("description") or text("device"), text("vendor"), text("architecture")]
+    return AdapterInfo(
+        name=words[0] or " ".join(word for word in words[1:] if word) or "unnamed adapter",
+        kind="browser",
+        backend="WebGPU",
+        adapter_type="CPU" if software else "Unknown",
+        features=frozenset(FEATURES[name] for name in features),
+        limits=Limits(
+            max_buffer=int(limits["maxBufferSize"]) - 4096,  # SwiftShader refuses a buffer of exactly its limit
+            max_binding=int(limits["maxStorageBufferBindingSize"]) // 16 * 16,
+            max_bindings=int(limits["maxStorageBuffersPerShaderStage"]),
+            max_workgroups=int(limits["maxComputeWorkgroupsPerDimension"]),
+            max_invocations=int(limits["maxComputeInvocationsPerWorkgroup"]),
+            max_shared=int(limits["maxComputeWorkgroupStorageSize"]),
+            offset_alignment=256,
+        ),
+        subgroup_size=smallest if smallest == largest else 0,
+        driver=" ".join(word for word in words[1:] if word),
+    )
+
+
+class BrowserBackend:
+    def __init__(self, device: Any, info: AdapterInfo):
+        self.info, self._device = info, device
+        self._js = run_js(HELPERS)(device)
+
+    def alloc(self, nbytes: int, label: str) -> Any:
+        return self._js.alloc(nbytes, label)
+
+    def free(self, handle: Any) -> None:
+        handle.destroy()
+
+    def write(self, handle: Any, data: Any, offset: int) -> None:
+        if isinstance(data, JsProxy):
+            self._js.write(handle, offset, data)
+            return
+        proxy = create_proxy(data)
+        view = proxy.getBuffer("u8")
+        try:
+            self._js.write(handle, offset, view.data)
+        finally:
+            view.release()
+            proxy.destroy()
+
+    async def read(self, handle: Any, offset: int, nbytes: int) -> bytes:
+        return await Readback(self, self._js.read(handle, offset, nbytes))
+
+    async def compile(self, kernels: Sequence[Kernel], on_done: Callable[[], None]) -> None:
+        async def one(kernel: Kernel) -> None:
+            try:
+                access = to_js(list(kernel.source.access))
+                kernel.pipeline = await self._js.compile(kernel.source.code, access, kernel.name)
+            except JsException as error:
+                problem = DeviceError(f"{kernel} did not compile on {self.info.name}: {error.message}")
+                problem.add_note(kernel.source.numbered())
+                raise problem from error
+            on_done()
+
+        await asyncio.gather(*map(one, kernels))
+
+    def bind(self, kernel: Kernel, views: Sequence[View]) -> Any:
+        buffers = to_js([view.buffer.handle for view in views])
+        offsets, sizes = to_js([view.offset for view in views]), to_js([view.nbytes for view in views])
+        return self._js.bind(kernel.pipeline, buffers, offsets, sizes)
+
+    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+        kernels = to_js([step.kernel.pipeline for step in steps])
+        grids = to_js([n for step in steps for n in step.grid])
+        source = (readback.buffer.handle, readback.offset, readback.nbytes) if readback else (None, 0, 0)
+        replay = self._js.record(kernels, to_js(list(bindings)), grids, *source)
+        if readback is None:
+            return replay
+        return lambda: Readback(self, replay())
+
+    async def synchronize(self) -> None:
+        await self._js.done()
+        self.check()
+
+    def close(self) -> None:
+        self._device.destroy()
+
+    def check(self) -> None:
+        """Raise what the device reported since the last call: WebGPU tells of errors only afterwards."""
+        if self._js.errors.length:
+            message = str(self._js.errors[0])
+            self._js.errors.splice(0)
+            raise DeviceError(f"{self.info.name}: {message}; use a smaller model or context, or reload the page")
+
+
+class Readback:
+    """The bytes of a copy under way."""
+
+    __slots__ = ("_backend", "_promise")
+
+    def __init__(self, backend: BrowserBackend, promise: Any):
+        self._backend, self._promise = backend, promise
+
+    def __await__(self):
+        try:
+            data = yield from self._promise.__await__()
+        except JsException as error:
+            self._backend.check()
+            raise DeviceError(f"{self._backend.info.name} stopped answering: {error.message}") from error
+        self._backend.check()
+        result = data.to_bytes()
+        data.destroy()
+        return result

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import realm_web
 from realm_web import env
-from realm_web.cli.options import Parser
+from realm_web.cli.options import CommandParser, Parser
 from realm_web.cli.text import visible
 from realm_web.errors import RealmError
 
@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"realm {realm_web.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
     for name, summary in COMMANDS.items():
         module = import_module(f"realm_web.cli.{name}")
         command = commands.add_parser(

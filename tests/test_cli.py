@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from realm_web.__main__ import COMMANDS, main
+from realm_web.__main__ import COMMANDS, build_parser, main
 from realm_web.cli import bench, chat, inspect, model, options, run
 from realm_web.errors import FormatError, RequestError
 from realm_web.sampler import SamplingParams
@@ -152,6 +152,8 @@ except SystemExit:
         ([], "COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
         (["run"], "MODEL"),
+        (["run", "m.gguf", "one", "two"], "unrecognized arguments: two"),
+        (["run", "m.gguf", "hi", "--rwa"], "unrecognized arguments: --rwa"),
         (["run", "m.gguf", "--temperature", "hot"], "invalid float value: 'hot'"),
         (["run", "m.gguf", "hi", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
@@ -311,13 +313,13 @@ def test_every_sampling_flag_is_a_field_of_sampling_params():
         (["--prompt", "hi"], "", "hi"),
         ([], "a\nb\n", "a\nb\n"),
         (["--raw", "--prompt", ""], "", ""),
+        (["--raw", "hi", "--seed", "1"], "", "hi"),
     ],
 )
 def test_the_prompt_is_the_argument_or_the_flag_or_stdin(arguments, stdin, prompt, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-    parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    assert run.prompt_text(parser.parse_args(["m.gguf", *arguments])) == prompt
+    args = build_parser().parse_args(["run", "m.gguf", *arguments])
+    assert (args.model, run.prompt_text(args)) == ("m.gguf", prompt)
 
 
 @pytest.mark.parametrize(

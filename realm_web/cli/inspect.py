@@ -7,7 +7,10 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from realm_web.cli import model, options
 from realm_web.cli.text import human_bytes, human_count, visible
@@ -15,6 +18,7 @@ from realm_web.errors import RealmError, UnsupportedError
 
 if TYPE_CHECKING:
     from realm_web.gguf import GGUFFile
+    from realm_web.runtime.device import Device
 
 EXAMPLES = """examples:
   realm inspect model.gguf
@@ -33,38 +37,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     header = model.read_header(args.model)
-    problems = why_not(header)
+    verdict = judge(header)
     if args.json:
-        print(json.dumps(_as_json(header, problems), ensure_ascii=False))
+        print(json.dumps(_as_json(header, verdict), ensure_ascii=False))
     else:
         _print(args.model, header, full=args.full)
-    if problems:
-        raise UnsupportedError(f"{args.model} will not run: {'; '.join(problems)}")
+    if verdict.problems:
+        raise UnsupportedError(f"{args.model} will not run: {'; '.join(verdict.problems)}")
     if not args.json:
-        print("This model will run.")
+        print(
+            f"This model will run. It needs {human_bytes(verdict.weight_bytes)} of device memory for weights "
+            f"and {human_bytes(verdict.bytes_per_token)} for each token of context."
+        )
     return 0
 
 
-def why_not(header: "GGUFFile") -> list[str]:
-    """The reasons why this file cannot run, each one line; empty when it can."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The reasons why a file cannot run, each one line; if there are none, the device memory it needs."""
+
+    problems: tuple[str, ...]
+    weight_bytes: int = 0
+    bytes_per_token: int = 0  # of context
+
+
+def judge(header: "GGUFFile") -> Verdict:
+    """Go through all that loading does, short of reading weights and of a device."""
     from realm_web.chat import ChatTemplate
-    from realm_web.models import read_config
+    from realm_web.models import build
     from realm_web.tokenizer import Tokenizer
 
     problems = []
 
-    def attempt(step) -> object:
+    def attempt(step: Callable[[], Any]) -> Any:
         try:
             return step()
         except RealmError as error:
             problems.append(str(error))
-            return None
 
-    attempt(lambda: read_config(header))
+    transformer = attempt(lambda: build(header, paper_device()))
     tokenizer = attempt(lambda: Tokenizer.from_metadata(header.metadata))
     if tokenizer is not None:
         attempt(lambda: ChatTemplate.from_metadata(header.metadata, tokenizer))
-    return problems
+    if transformer and tokenizer and tokenizer.n_vocab > transformer.config.n_vocab:
+        rows = transformer.config.n_vocab
+        problems.append(f"{tokenizer.n_vocab} tokens in the vocabulary, {rows} rows of weights")
+    if problems:
+        return Verdict(tuple(problems))
+    return Verdict((), transformer.weight_bytes, transformer.config.kv_bytes_per_token)
+
+
+def paper_device() -> "Device":
+    """A device that allocates nothing: a model laid out on it is checked and its bytes are counted."""
+    from realm_web.runtime.device import AdapterInfo, Device, Limits
+
+    most = 1 << 62
+    limits = Limits(most, most, most, most, most, most, offset_alignment=4)
+    info = AdapterInfo("paper", "paper", "", "CPU", frozenset(), limits)
+    return Device(SimpleNamespace(info=info, alloc=lambda nbytes, label: None))
 
 
 def shorten(value: object, *, full: bool = False) -> str:
@@ -99,7 +129,7 @@ def totals(header: "GGUFFile") -> list[tuple[str, int, int, int]]:
     return sorted(((name, *entry) for name, entry in sums.items()), key=lambda row: -row[3])
 
 
-def _as_json(header: "GGUFFile", problems: list[str]) -> dict[str, object]:
+def _as_json(header: "GGUFFile", verdict: Verdict) -> dict[str, object]:
     return {
         "version": header.version,
         "metadata": {key: _plain(value) for key, value in header.metadata.items()},
@@ -113,8 +143,10 @@ def _as_json(header: "GGUFFile", problems: list[str]) -> dict[str, object]:
             }
             for tensor in header.tensors.values()
         ],
-        "runs": not problems,
-        "problems": problems,
+        "runs": not verdict.problems,
+        "problems": verdict.problems,
+        "weight_bytes": verdict.weight_bytes,
+        "bytes_per_token": verdict.bytes_per_token,
     }
 
 

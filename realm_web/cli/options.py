@@ -31,6 +31,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"realm: error: {message}; see '{self.prog} --help'\n")
 
 
+class CommandParser(Parser):
+    """The parser of one command: options may stand between its positional arguments.
+
+    Plain argparse gives up an optional positional at the first option: in `run MODEL --raw PROMPT` it calls
+    PROMPT unrecognized. The intermixed parse comes back to `parse_known_args`, with options and positionals
+    apart.
+    """
+
+    _apart = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._apart:
+            return super().parse_known_args(args, namespace)
+        self._apart = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._apart = False
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device, as `adapters.choose` reads it: `auto` means what REALM_DEVICE says."""
     parser.add_argument(

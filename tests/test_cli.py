@@ -51,9 +51,6 @@ class ScriptedEngine:
         self.gguf = SimpleNamespace(metadata={}, tensors={"t": SimpleNamespace(nbytes=1000)})
         self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), n_vocab=256)
 
-    async def _measure(self) -> float:
-        return 100_000.0
-
     def chat_prompt(self, messages) -> str:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
@@ -96,7 +93,11 @@ def scripted(monkeypatch):
         async def open_engine(args: argparse.Namespace) -> ScriptedEngine:
             return engine
 
+        async def measure_bandwidth(device: SimpleNamespace) -> float:
+            return 100_000.0
+
         monkeypatch.setattr(model, "open_engine", open_engine)
+        monkeypatch.setattr("realm_web.runtime.profiler.measure_bandwidth", measure_bandwidth)
         return engine
 
     return install

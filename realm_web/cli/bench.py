@@ -118,13 +118,14 @@ def main(args: argparse.Namespace) -> int:
 
 async def _bench(args: argparse.Namespace) -> Report:
     from realm_web.cli.terminal import note
+    from realm_web.runtime.profiler import measure_bandwidth
 
     if args.context is None:
         args.context = args.prompt_tokens + args.generate_tokens
     engine = await model.open_engine(args)
     try:
         note(f"{engine.device.name} ({engine.device.kind}): {engine.device.reason}")
-        bandwidth = await engine.device.measure_bandwidth()
+        bandwidth = await measure_bandwidth(engine.device)
         pp = await _rate(engine, args.runs, n_prompt=args.prompt_tokens, n_generate=1)
         tg = await _rate(engine, args.runs, n_prompt=1, n_generate=args.generate_tokens)
         return Report(

@@ -162,7 +162,7 @@ def summary(chunks: "list[Chunk]") -> str:
     if not chunks or chunks[-1].timings is None:
         return f"[stopped after {n_tokens} tokens]"
     usage, timings = chunks[-1].usage, chunks[-1].timings
-    ended = " · cut off: no room for more tokens" if chunks[-1].finish_reason == "length" else ""
+    ended = " · cut off by max_tokens or the context" if chunks[-1].finish_reason == "length" else ""
     return (
         f"[{usage.completion_tokens} tokens · {timings.predicted_per_second:.1f} tok/s · "
         f"first token after {timings.time_to_first_token_ms:.0f} ms · prompt {usage.prompt_tokens} tokens at "

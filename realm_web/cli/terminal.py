@@ -6,8 +6,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 
 from realm_web.cli.text import human_bytes, visible
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
     from realm_web import engine
 
 PIPED_WIDTH = 200  # characters
+STAGES = {"download": "downloading", "load": "loading weights", "compile": "compiling kernels"}
 
 
 def note(text: str, *, style: str = "dim") -> None:
@@ -61,27 +70,21 @@ class LoadProgress:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            _Amount(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            _Amount(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
         )
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, progress: "engine.Progress") -> None:
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bars.add_task(
-                progress.label, total=progress.total, stage=progress.stage
-            )
-        self._bars.update(
-            self._tasks[progress.stage],
-            completed=progress.done,
-            total=progress.total,
-            description=progress.label,
-        )
+        name = progress.stage
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(STAGES[name], total=progress.total, stage=name)
+        self._bars.update(self._tasks[name], completed=progress.done, total=progress.total)
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -45,9 +45,7 @@ class ScriptedEngine:
         self.asked: list = []
         self.closed = self.abandoned = False
         self.context = 64
-        self.device = SimpleNamespace(
-            kind="cpu", name="scripted", reason="a test", measure_bandwidth=self._measure
-        )
+        self.device = SimpleNamespace(kind="cpu", name="scripted", reason="test")
         self.gguf = SimpleNamespace(metadata={}, tensors={"t": SimpleNamespace(nbytes=1000)})
         self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), n_vocab=256)
 

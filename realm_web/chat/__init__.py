@@ -329,9 +329,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, sequences) and isinstance(right, sequences):
             self.meter.room(self.meter.weigh(left) + self.meter.weigh(right))
         elif operator == "*" and isinstance(left, sequences) and isinstance(right, int):
-            self.meter.room(self.meter.weigh(left) * right)
+            self.meter.room((text_bytes(left) if isinstance(left, str) else self.meter.weigh(left)) * right)
         elif operator == "*" and isinstance(right, sequences) and isinstance(left, int):
-            self.meter.room(self.meter.weigh(right) * left)
+            self._check_binop(operator, right, left)
         elif operator == "*" and isinstance(left, int) and isinstance(right, int):
             self.meter.bits(left.bit_length() + right.bit_length())
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):

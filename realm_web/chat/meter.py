@@ -6,9 +6,12 @@ Knows no template language: it counts steps, looks at the clock, and weighs valu
 import time
 from collections.abc import ItemsView, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from realm_web.errors import RequestError
+
+_OBJECT_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Meter:
         self._steps = 0
         self._made_bytes = 0
         self._deadline = time.monotonic() + self.limits.seconds
-        # By id, with the value to keep the id taken. A sandboxed template changes no container.
-        self._weights: dict[int, tuple[object, int]] = {}
+        # Weight and height by id, with the value to keep the id taken. A template changes no container.
+        self._measured: dict[int, tuple[int, int, object]] = {}
         self._value_bytes = self._memory_bytes = 1 << 62  # the input is the caller's own business
         weight = self.weigh(dict(variables))
         self._value_bytes = self.limits.value_bytes + 2 * weight
@@ -90,28 +93,32 @@ class Meter:
             raise refusal(f"nests calls deeper than {self.limits.call_depth}")
         self.call_depth += 1
 
-    def weigh(self, value: Any, depth: int = 0) -> int:
+    def weigh(self, value: Any) -> int:
         """About the bytes that `value` has when written out, shared parts as often as they occur in it.
 
-        A bound on this bounds comparing, hashing and printing the value as well.
+        Bounding this and the depth of nesting bounds comparing, hashing and printing the value as well.
         """
+        return self._measure(value)[0]
+
+    def _measure(self, value: Any) -> tuple[int, int]:
         if isinstance(value, str):
-            return 32 + text_bytes(value)
+            return _OBJECT_BYTES + text_bytes(value), 0
+        if isinstance(value, int):
+            return _OBJECT_BYTES + value.bit_length() // 3, 0
         if not isinstance(value, (list, tuple, dict, KeysView, ValuesView, ItemsView)):
-            return 32 + (value.bit_length() // 8 if isinstance(value, int) else 0)
-        known = self._weights.get(id(value))
-        if known is not None:
-            return known[1]
-        if depth > self.limits.depth:
-            raise refusal(f"nests values deeper than {self.limits.depth}")
-        weight = 32
-        for child in value:
-            weight += self.weigh(child, depth + 1)
-            if isinstance(value, dict):
-                weight += self.weigh(value[child], depth + 1)
+            return _OBJECT_BYTES, 0
+        if id(value) in self._measured:
+            return self._measured[id(value)][:2]
+        weight, height = _OBJECT_BYTES, 0
+        for child in chain(value, value.values()) if isinstance(value, dict) else value:
+            child_weight, child_height = self._measure(child)
+            weight += child_weight
+            height = max(height, child_height + 1)
             self.room(weight)
-        self._weights[id(value)] = (value, weight)
-        return weight
+            if height > self.limits.depth:
+                raise refusal(f"nests values deeper than {self.limits.depth}")
+        self._measured[id(value)] = (weight, height, value)
+        return weight, height
 
 
 def refusal(what: str) -> RequestError:

@@ -12,6 +12,7 @@ Patterns from the families' tokenizer.json files; names and aliases as in llama.
 
 import re
 import unicodedata
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from realm_web.errors import UnsupportedError
@@ -23,6 +24,7 @@ _SPACE = r"\t-\r \x85\xa0"  # Python's own \s also has 0x1C-0x1F, which Unicode'
 # What stands in for a character past Latin-1, by the first letter of its Unicode category.
 _STAND_INS = {"L": "ª", "N": "²", "P": "¡", "Z": "\xa0"}
 _OTHER = "¤"
+_REMEMBERED = 1 << 16  # characters
 _CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
 _PUNCTUATION = r"!-/:-@\[-_{-~¡§«¶·»¿"  # \p{P} and the symbols $+<=>^|~, as `default` isolates them
 
@@ -39,27 +41,35 @@ _ASSIGNED_SINCE_14 = {
 }
 
 
+def _read_ranges() -> list[tuple[int, int, str]]:
+    ranges = []
+    for letter, entries in _ASSIGNED_SINCE_14.items():
+        for entry in entries.split():
+            first, _, last = entry.partition("-")
+            ranges.append((int(first, 16), int(last or first, 16), letter))
+    return sorted(ranges)
+
+
+_NEWER_RANGES = _read_ranges()
+
+
 def _newer_class(code: int) -> str:
     """Class of a code point that this Python's Unicode tables do not know yet."""
-    for letter, ranges in _ASSIGNED_SINCE_14.items():
-        for entry in ranges.split():
-            first, _, last = entry.partition("-")
-            if int(first, 16) <= code <= int(last or first, 16):
-                return letter
-    return "C"
+    i = bisect_right(_NEWER_RANGES, code, key=lambda entry: entry[0]) - 1
+    return _NEWER_RANGES[i][2] if i >= 0 and code <= _NEWER_RANGES[i][1] else "C"
 
 
 class _StandIns(dict[int, str]):
     """Table for `str.translate`; filled as characters are met, so nothing is scanned at start."""
 
     def __missing__(self, code: int) -> str:
-        char = chr(code)
-        category = unicodedata.category(char)
+        category = unicodedata.category(chr(code))
         letter = _newer_class(code) if category == "Cn" else category[0]
         # ſ folds to s, so it may stand in a contraction.
-        keep = code < 256 or char == "ſ"
-        self[code] = char if keep else _STAND_INS.get(letter, _OTHER)
-        return self[code]
+        stand_in = chr(code) if code < 256 or code == ord("ſ") else _STAND_INS.get(letter, _OTHER)
+        if len(self) < _REMEMBERED:
+            self[code] = stand_in
+        return stand_in
 
 
 _STAND_IN_TABLE = _StandIns()

@@ -206,6 +206,10 @@ def test_a_broken_template_is_named_with_its_line() -> None:
         render("ok\n{% if %}")
     with pytest.raises(FormatError, match="pprint"):
         render("{{ 1 | pprint }}")
+    with pytest.raises(FormatError, match="line 1"):
+        ChatTemplate("{% if %}").compile()
+    with pytest.raises(FormatError, match="too many statically nested blocks"):
+        render("{% for a in b %}" * 40 + "{% endfor %}" * 40)
     with pytest.raises(FormatError, match="autoescape"):
         render("{% autoescape true %}{% endautoescape %}")
 

@@ -80,6 +80,20 @@ class ChatTemplate:
             strip_bos=tokenizer.add_bos,
         )
 
+    def compile(self) -> "tuple[_Sandbox, jinja2.Template]":
+        """Compiles the template unless it is compiled already; FormatError where that fails."""
+        if self._compiled is None:
+            try:
+                self._compiled = _compile(self.source, self._limits)
+            except RealmError:
+                raise
+            except jinja2.TemplateSyntaxError as error:
+                raise FormatError(f"chat template, line {error.lineno}: {_short(error.message)}") from error
+            except Exception as error:
+                # Python's own compiler has limits too, for which it raises several kinds of error.
+                raise FormatError(f"chat template: {type(error).__name__}: {_short(error)}") from error
+        return self._compiled
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
@@ -99,16 +113,12 @@ class ChatTemplate:
             "messages": list(messages),
             "add_generation_prompt": add_generation_prompt,
         }
+        sandbox, template = self.compile()
         try:
-            if self._compiled is None:
-                self._compiled = _compile(self.source, self._limits)
-            sandbox, template = self._compiled
             sandbox.meter.begin(variables)
             text = template.render(variables)
         except RealmError:
             raise
-        except jinja2.TemplateSyntaxError as error:
-            raise FormatError(f"chat template, line {error.lineno}: {_short(error.message)}") from error
         except Exception as error:
             # Whatever else a stranger's code runs into: undefined names, wrong types, refused attributes.
             raise RequestError(f"chat template: {type(error).__name__}: {_short(error)}") from error

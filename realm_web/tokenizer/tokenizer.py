@@ -70,7 +70,7 @@ class Tokenizer:
             )
         splitter = find_splitter(read_string(metadata, "pre", "default"))
         vocabulary = Vocabulary.from_metadata(metadata)
-        encoder = BytePairEncoder(dict(vocabulary.ids), string_array(metadata, "merges"), splitter)
+        encoder = BytePairEncoder(vocabulary.ids, string_array(metadata, "merges"), splitter)
         return cls(
             vocabulary,
             encoder,

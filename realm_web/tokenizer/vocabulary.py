@@ -100,7 +100,7 @@ class Vocabulary:
     """Token strings as the file has them, their types and the special ids."""
 
     tokens: Sequence[str]
-    ids: Mapping[str, int]
+    ids: dict[str, int]
     types: Sequence[int]  # TokenType, or a number that is none: neither special nor text
     bos_id: int | None
     eos_id: int | None

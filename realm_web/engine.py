@@ -31,6 +31,7 @@ from realm_web.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
 DEFAULT_CONTEXT = 8192
 MAX_SEQS = 8
+MAX_ROWS = 512
 MAX_DEPTH = 16
 
 
@@ -135,7 +136,8 @@ class Engine:
             runner.pool, max_seqs=runner.layout.max_seqs, max_rows=runner.max_rows, max_context=self.context
         )
         self.readback_latency = latency  # seconds from submission to the host, on an idle device
-        self.depth = 2  # steps in flight; follows the latency
+        self.max_depth = MAX_DEPTH  # steps in flight
+        self.depth = 2  # of which so many now: it follows the latency
         self._answers: dict[str, _Answer] = {}
         self._names = itertools.count()
         self._task: asyncio.Task | None = None
@@ -146,16 +148,19 @@ class Engine:
         cls,
         source: str | Path | Source,
         *,
-        device: str = "auto",
+        device: str | Device = "auto",
         context: int | None = None,
         max_seqs: int = MAX_SEQS,
+        max_rows: int = MAX_ROWS,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Load a GGUF model onto a device.
 
-        `source` is a path, a URL, `hf:user/repo:Q4_K_M`, or a `Source`. `device` is "auto", "webgpu" or "cpu".
-        `context` is how many tokens all running requests may hold together (the model's, at most 8192, if not
-        given). Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
+        `source` is a path, a URL, `hf:user/repo:Q4_K_M`, or a `Source`. `device` is "auto", "webgpu", "cpu" or an
+        open `Device`, which the engine then owns. `context` is how many tokens all running requests may hold together
+        (the model's, at most 8192, if not given), `max_seqs` how many of them run at a time, `max_rows` how many
+        tokens one forward pass takes at most: longer prompts run in several.
+        Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
         """
         if isinstance(source, str | Path):
             from realm_web.sources import open_source
@@ -174,17 +179,20 @@ class Engine:
                     f"{source.name}: {tokenizer.n_vocab} tokens in the vocabulary, {config.n_vocab} rows of weights"
                 )
             context = _check_context(context, config)
-            opened = await open_device(device)
-            return await cls._load(
-                source, gguf, opened, config, tokenizer, template, context, max_seqs, on_progress
-            )
+            if not 1 <= max_seqs <= 64 or not max_seqs <= max_rows <= MAX_ROWS:
+                raise RequestError(
+                    f"max_seqs {max_seqs}, max_rows {max_rows}: give 1 to 64 sequences and as many rows, up to {MAX_ROWS}"
+                )
+            opened = device if isinstance(device, Device) else await open_device(device)
+            sizes = {"context": context, "max_seqs": max_seqs, "max_rows": max_rows}
+            return await cls._load(source, gguf, opened, config, tokenizer, template, sizes, on_progress)
         finally:
             source.close()
 
     @classmethod
     async def _load(
         cls, source: Source, gguf: GGUFFile, device: Device, config: ModelConfig, tokenizer: Tokenizer,
-        template: ChatTemplate, context: int, max_seqs: int, on_progress: Callable[[Progress], None] | None,
+        template: ChatTemplate, sizes: dict[str, int], on_progress: Callable[[Progress], None] | None,
     ) -> Engine:  # fmt: skip
         def report(stage: str, label: str) -> Callable[[int, int], None] | None:
             if on_progress is None:
@@ -203,13 +211,13 @@ class Engine:
         try:
             try:
                 model = build(gguf, device)
-                runner = Runner(
-                    device, model, context=context, max_seqs=max_seqs, turns=turns, magnitude=magnitude
-                )
+                runner = Runner(device, model, **sizes, turns=turns, magnitude=magnitude)
+                loader = Loader(device, model, gguf, source)
             except DeviceError as error:
                 weights = sum(info.nbytes for info in gguf.tensors.values())
-                raise room_error(error, weights + config.kv_bytes_per_token * context, device) from error
-            loader = Loader(device, model, gguf, source)
+                raise room_error(
+                    error, weights + config.kv_bytes_per_token * sizes["context"], device
+                ) from error
             await device.compile()
             await asyncio.gather(
                 loader.load(report("load", Path(source.name).name)),
@@ -297,7 +305,10 @@ class Engine:
         try:
             arrived = time.perf_counter()
             while self.scheduler.has_work or in_flight:
-                while len(in_flight) < self.depth and (batch := self.scheduler.schedule()) is not None:
+                while (
+                    len(in_flight) < min(self.depth, self.max_depth)
+                    and (batch := self.scheduler.schedule()) is not None
+                ):
                     in_flight.append((batch, await self.runner.run(batch, self._request)))
                 if not in_flight:
                     raise RuntimeError("requests wait, but the scheduler runs none")
@@ -326,7 +337,7 @@ class Engine:
         """As many steps in flight as hide the readback latency: a step that takes 1 ms behind 10 ms needs 11."""
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
         wanted = 2 + int(self.readback_latency / max(self._step_seconds, 1e-6))
-        self.depth = max(2, min(MAX_DEPTH, wanted))
+        self.depth = min(self.max_depth, wanted)
 
     def _deliver(self, batch, ids: array) -> None:
         outputs = self.scheduler.update(batch, ids[: len(batch.seqs)])

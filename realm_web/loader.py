@@ -16,10 +16,11 @@ from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, NeedMoreBytes, TensorInfo, parse
 from realm_web.models.transformer import Target, Transformer
 from realm_web.quants import CHUNK
-from realm_web.runtime.device import Buffer, Device, Kernel
+from realm_web.runtime.device import Device, Kernel
 from realm_web.tensor import Shard, Tensor, Weight
 
 STAGING_BYTES = 8 << 20
+SPARE_BYTES = 64  # the repack kernels look a word beyond their block
 GRANULE = 16  # chunks: 512 weights, whole blocks and whole words in every format
 IN_QUEUE = 8  # staged chunks between two waits, so that the driver's own copies stay few
 
@@ -67,12 +68,12 @@ class Piece:
     shard: Shard
 
 
-def pieces(info: TensorInfo, target: Target) -> Iterator[Piece]:
-    """Cut a tensor at shard borders and into at most STAGING_BYTES each."""
+def pieces(info: TensorInfo, target: Target, staging_bytes: int) -> Iterator[Piece]:
+    """Cut a tensor at shard borders and into at most staging_bytes each."""
     weight, fmt = target.to, info.format
     per_row = weight.k // CHUNK
     first, end = target.first, target.first + info.shape[1]
-    step = STAGING_BYTES // fmt.nbytes(GRANULE * CHUNK) * GRANULE
+    step = staging_bytes // fmt.nbytes(GRANULE * CHUNK) * GRANULE
     for shard in weight.shards:
         low, high = max(first, shard.first_row), min(end, shard.first_row + shard.n_rows)
         for chunk in range(low * per_row, high * per_row, step) if low < high else ():
@@ -87,6 +88,9 @@ class Loader:
     def __init__(self, device: Device, model: Transformer, gguf: GGUFFile, source: Source):
         self._device, self._model, self._gguf, self._source = device, model, gguf, source
         self._kernels: dict[str, Kernel] = {}
+        self._staging_bytes = min(STAGING_BYTES, device.limits.max_binding - SPARE_BYTES)
+        self._staging = device.alloc(self._staging_bytes + SPARE_BYTES, "staging")
+        self._params = device.alloc(16, "repack parameters")
         dense = {"dense": True} if "dense" in device.features else {}
         for name, target in model.targets.items():
             fmt = gguf.tensors[name].format
@@ -96,8 +100,6 @@ class Loader:
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read every tensor in file order. The repack kernels must be compiled before."""
         device = self._device
-        staging = device.alloc(STAGING_BYTES + 64, "staging")
-        params = device.alloc(16, "repack parameters")
         names = sorted(self._model.targets, key=lambda name: self._gguf.tensors[name].offset)
         total = sum(self._gguf.tensors[name].nbytes for name in names)
         done = queued = 0
@@ -107,28 +109,26 @@ class Loader:
                 await self._load_vector(info, target)
                 done += info.nbytes
                 continue
-            for piece in pieces(info, target):
+            for piece in pieces(info, target, self._staging_bytes):
                 data = self._source.read(piece.offset, -(-piece.nbytes // 4) * 4)
-                await self._place(piece, data, info.format.name, staging, params)
+                await self._place(piece, data, info.format.name)
                 done, queued = done + piece.nbytes, queued + 1
                 if queued % IN_QUEUE == 0:
                     await device.synchronize()
                 if on_progress:
                     on_progress(done, total)
         await device.synchronize()
-        device.free(staging)
-        device.free(params)
+        device.free(self._staging)
+        device.free(self._params)
         if on_progress:
             on_progress(total, total)
 
-    async def _place(
-        self, piece: Piece, data: Awaitable[Any], fmt: str, staging: Buffer, params: Buffer
-    ) -> None:
+    async def _place(self, piece: Piece, data: Awaitable[Any], fmt: str) -> None:
         device = self._device
-        device.write(staging, await data)
-        device.write(params, struct.pack("<4I", piece.n_chunks, piece.first_chunk, 0, 0))
+        device.write(self._staging, await data)
+        device.write(self._params, struct.pack("<4I", piece.n_chunks, piece.first_chunk, 0, 0))
         program = device.program("repack")
-        views = (device.view(staging), device.view(params), *piece.shard.parts)
+        views = (device.view(self._staging), device.view(self._params), *piece.shard.parts)
         program.add(self._kernels[fmt], views, (-(-piece.n_chunks // 64),))
         device.submit(program)
 

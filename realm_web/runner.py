@@ -50,28 +50,29 @@ class Runner:
         *,
         context: int,
         max_seqs: int,
+        max_rows: int,
         turns: list[int],
         magnitude: float,
     ):
         self.device, self.model = device, model
         config = model.config
-        self.max_rows = PREFILL_BUCKETS[-1]
+        self.max_rows = max_rows
+        self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
         n_blocks = -(-context // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks, BLOCK_SIZE)
-        self.layout = StepLayout(self.max_rows, max_seqs, n_blocks)
+        self.layout = StepLayout(_bucket_for(max_rows), max_seqs, n_blocks)
         self.pages = KVPages(
             device, config.n_layers, config.n_kv_heads, config.head_dim, n_blocks, BLOCK_SIZE
         )
         self._step = device.alloc(4 * self.layout.n_words, "step")
         self._slots = device.alloc(4 * max_seqs, "slots")
-        self._out = device.alloc(4 * max_seqs, "sampled ids")
+        self._out = device.alloc(4 * _bucket_for(max_seqs), "sampled ids")
         self._turns = Tensor.alloc(device, (len(turns),), "u32", "rope turns")
         device.write(self._turns.buffer, array("I", turns).tobytes())
         self._magnitude = magnitude
         self._arena: dict[str, Tensor] = {}
-        self._adjustments: tuple[Tensor, Tensor] | None = (
-            None  # logit bias and token counts, (max_seqs, n_vocab)
-        )
+        # logit bias and token counts, (max_seqs, n_vocab), from the first request that needs them
+        self._adjustments: tuple[Tensor, Tensor] | None = None
         self._adjusted_slots: set[int] = set()  # whose rows there are not zero
         self._programs: dict[Bucket, Program] = {}
         self._last: Batch | None = None  # what the step buffer holds, before the device advanced it
@@ -83,7 +84,7 @@ class Runner:
 
     async def prepare(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Record and compile the programs that one conversation needs."""
-        for n_rows in (1, *PREFILL_BUCKETS):
+        for n_rows in (1, *self._prefill_buckets):
             self._program(Bucket(n_rows, 1, 1, draw=False, adjust=False))
         for splits in {splits for _, splits in SPLIT_AT if not self.device.info.is_cpu}:
             self._program(Bucket(1, 1, splits, draw=False, adjust=False))
@@ -119,7 +120,7 @@ class Runner:
             splits = next(splits for length, splits in SPLIT_AT if longest <= length)
         return Bucket(
             n_rows=n_rows,
-            n_seqs=next(b for b in ROW_BUCKETS if b >= len(batch.seqs)),
+            n_seqs=_bucket_for(len(batch.seqs)),
             splits=splits,
             draw=not all(p.greedy for p in params),
             adjust=any(p.penalizes or p.logit_bias for p in params),
@@ -160,8 +161,7 @@ class Runner:
                     self._write_table(i, seq)
             return
         self.n_writes += 1
-        n_rows = next(b for b in ROW_BUCKETS if b >= batch.n_rows)
-        qt = self._qt(n_rows)
+        qt = self._qt(_bucket_for(batch.n_rows))
         tiles, records = [], []
         for seq, p in zip(batch.seqs, params, strict=True):
             if qt > 1:
@@ -219,6 +219,10 @@ class Runner:
                 tally[token] += 1
             self.device.write(counts.buffer, tally.tobytes(), 4 * n_vocab * seq.slot)
             (self._adjusted_slots.add if adjusts else self._adjusted_slots.discard)(seq.slot)
+
+
+def _bucket_for(n: int) -> int:
+    return next(b for b in ROW_BUCKETS if b >= n)
 
 
 def _sampling_words(p: SamplingParams) -> bytes:

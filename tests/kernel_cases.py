@@ -144,6 +144,10 @@ def cases() -> Iterator[Case]:
     yield from rope_cases()
     yield from attention_cases()
     yield from sampling_cases()
+    tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
+    yield Case(
+        "stream_read", "stream_read", dict(n=4096, stride=512), tensors, (1,), (2,), EXACT, dtype="u32"
+    )
 
 
 def repack_cases() -> Iterator[Case]:

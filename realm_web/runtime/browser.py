@@ -141,7 +141,9 @@ def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo
     def text(name: str) -> str:
         return str(getattr(info, name, "") or "")
 
-    software = bool(getattr(info, "isFallbackAdapter", False)) or "swiftshader" in text("architecture").lower()
+    software = (
+        bool(getattr(info, "isFallbackAdapter", False)) or "swiftshader" in text("architecture").lower()
+    )
     smallest, largest = (int(getattr(info, name, 0) or 0) for name in ("subgroupMinSize", "subgroupMaxSize"))
     words = [text("description") or text("device"), text("vendor"), text("architecture")]
     return AdapterInfo(
@@ -151,7 +153,8 @@ def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo
         adapter_type="CPU" if software else "Unknown",
         features=frozenset(FEATURES[name] for name in features),
         limits=Limits(
-            max_buffer=int(limits["maxBufferSize"]) - 4096,  # SwiftShader refuses a buffer of exactly its limit
+            max_buffer=int(limits["maxBufferSize"])
+            - 4096,  # SwiftShader refuses a buffer of exactly its limit
             max_binding=int(limits["maxStorageBufferBindingSize"]) // 16 * 16,
             max_bindings=int(limits["maxStorageBuffersPerShaderStage"]),
             max_workgroups=int(limits["maxComputeWorkgroupsPerDimension"]),
@@ -229,7 +232,9 @@ class BrowserBackend:
         if self._js.errors.length:
             message = str(self._js.errors[0])
             self._js.errors.splice(0)
-            raise DeviceError(f"{self.info.name}: {message}; use a smaller model or context, or reload the page")
+            raise DeviceError(
+                f"{self.info.name}: {message}; use a smaller model or context, or reload the page"
+            )
 
 
 class Readback:

@@ -244,6 +244,12 @@ class Device:
     async def synchronize(self) -> None:
         await self.backend.synchronize()
 
+    async def measure_bandwidth(self) -> float:
+        """Bytes per second that a plain kernel reads from device memory."""
+        from realm_web.runtime import profiler
+
+        return await profiler.measure_bandwidth(self)
+
     def close(self) -> None:
         self.backend.close()
 

@@ -252,6 +252,4 @@ class Readback:
             self._backend.check()
             raise DeviceError(f"{self._backend.info.name} stopped answering: {error.message}") from error
         self._backend.check()
-        result = data.to_bytes()
-        data.destroy()
-        return result
+        return data.to_bytes()

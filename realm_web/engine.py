@@ -1,7 +1,7 @@
 """Requests in, text out: one engine per model, many requests at once, several steps in flight.
 
-The engine owns the only loop: schedule, submit, await the oldest step, hand out its tokens. It knows tokens, text
-and time; what runs is the scheduler's decision, how it runs is the runner's.
+The engine owns the only loop: schedule, submit, await the oldest step, hand out its tokens. It knows tokens,
+text and time; what runs is the scheduler's decision, how it runs is the runner's.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Engine:
 
     >>> async def main():
     ...     engine = await Engine.open(model_path, device="cpu")
-    ...     async for chunk in engine.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=5)):
+    ...     params = SamplingParams(temperature=0, max_tokens=5)
+    ...     async for chunk in engine.generate("The capital of France is", params):
     ...         print(chunk.text, end="")
     ...     await engine.close()
     """
@@ -156,10 +157,10 @@ class Engine:
     ) -> Engine:
         """Load a GGUF model onto a device.
 
-        `source` is a path, a URL, `hf:user/repo:Q4_K_M`, or a `Source`. `device` is "auto", "webgpu", "cpu" or an
-        open `Device`, which the engine then owns. `context` is how many tokens all running requests may hold together
-        (the model's, at most 8192, if not given), `max_seqs` how many of them run at a time, `max_rows` how many
-        tokens one forward pass takes at most: longer prompts run in several.
+        `source` is a path, a URL, `hf:user/repo:Q4_K_M`, or a `Source`. `device` is "auto", "webgpu", "cpu"
+        or an open `Device`, which the engine then owns. `context` is how many tokens all running requests may
+        hold together (the model's, at most 8192, if not given), `max_seqs` how many of them run at a time,
+        `max_rows` how many tokens one forward pass takes at most: longer prompts run in several.
         Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
         """
         if isinstance(source, str | Path):
@@ -176,12 +177,14 @@ class Engine:
                 raise type(error)(f"{source.name}: {error}") from None
             if tokenizer.n_vocab > config.n_vocab:
                 raise FormatError(
-                    f"{source.name}: {tokenizer.n_vocab} tokens in the vocabulary, {config.n_vocab} rows of weights"
+                    f"{source.name}: {tokenizer.n_vocab} tokens in the vocabulary, "
+                    f"{config.n_vocab} rows of weights"
                 )
             context = _check_context(context, config)
             if not 1 <= max_seqs <= 64 or not max_seqs <= max_rows <= MAX_ROWS:
                 raise RequestError(
-                    f"max_seqs {max_seqs}, max_rows {max_rows}: give 1 to 64 sequences and as many rows, up to {MAX_ROWS}"
+                    f"max_seqs {max_seqs}, max_rows {max_rows}: "
+                    f"give 1 to 64 sequences and as many rows, up to {MAX_ROWS}"
                 )
             opened = device if isinstance(device, Device) else await open_device(device)
             sizes = {"context": context, "max_seqs": max_seqs, "max_rows": max_rows}
@@ -250,8 +253,8 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """Continue a text (special tokens in it count as such) or a list of token ids, piece by piece.
 
-        Leaving the iteration early ends the request. RequestError when the prompt does not fit the context or a
-        parameter names a token that the model does not have.
+        Leaving the iteration early ends the request. RequestError when the prompt does not fit the context or
+        a parameter names a token that the model does not have.
         """
         params = params or SamplingParams()
         params.check_vocabulary(self.config.n_vocab)
@@ -334,7 +337,7 @@ class Engine:
         return self.scheduler.get(request_id)
 
     def _adapt_depth(self, seconds: float) -> None:
-        """As many steps in flight as hide the readback latency: a step that takes 1 ms behind 10 ms needs 11."""
+        """As many steps in flight as hide the readback latency: a step of 1 ms behind 10 ms needs 11."""
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
         wanted = 2 + int(self.readback_latency / max(self._step_seconds, 1e-6))
         self.depth = min(self.max_depth, wanted)

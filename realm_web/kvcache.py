@@ -90,7 +90,7 @@ class BlockPool:
 
 
 class KVPages:
-    """Keys and values of every block: per layer two tensors (n_blocks, n_kv_heads, block_size, head_dim) f16."""
+    """Keys and values: per layer two tensors (n_blocks, n_kv_heads, block_size, head_dim) f16."""
 
     def __init__(
         self, device: Device, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int

@@ -1,7 +1,7 @@
 """The synchronous facade: `LLM.load("model.gguf").generate("...")`.
 
-Drives an `Engine` on an event loop of its own thread, so that it works in scripts, in notebooks (whose own loop is
-already running) and from several threads. Not for the page, which has no threads: use `Engine` there.
+Drives an `Engine` on an event loop of its own thread, so that it works in scripts, in notebooks (whose own
+loop is already running) and from several threads. Not for the page, which has no threads: use `Engine` there.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LLM:
         return cls(engine, loop)
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion:
-        """Continue the prompt. Keyword arguments are the fields of `SamplingParams`; RequestError for a wrong one."""
+        """Continue the prompt. Keywords are the fields of `SamplingParams`; RequestError for a wrong one."""
         ids = self.engine._prompt_ids(prompt)
         return _complete(ids, self._iterate(self.engine.generate(ids, SamplingParams.from_mapping(sampling))))
 

@@ -1,7 +1,7 @@
 """From a source of bytes to weights on the device: header first, then tensor by tensor in chunks.
 
-Python sees offsets, never weights: a chunk goes as it came from the source to `Device.write`, and a kernel repacks
-it. Knows no file system and no network; `sources.py` and the page provide sources.
+Python sees offsets, never weights: a chunk goes as it came from the source to `Device.write`, and a kernel
+repacks it. Knows no file system and no network; `sources.py` and the page provide sources.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pieces(info: TensorInfo, target: Target, staging_bytes: int) -> Iterator[Pie
 
 
 class Loader:
-    """Fills a model's weights. One staging buffer, one kernel per format, one program per shard and format."""
+    """Fills a model's weights: one staging buffer, a kernel per format, a program per shard and format."""
 
     def __init__(self, device: Device, model: Transformer, gguf: GGUFFile, source: Source):
         self._device, self._model, self._gguf, self._source = device, model, gguf, source

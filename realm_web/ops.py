@@ -1,7 +1,7 @@
 """The operations of a forward pass, recorded into a program: which kernel, which variant, which grid.
 
-Knows the limits of the device and no architecture. A variant is a set of template constants of one kernel; all of
-them compute the same function.
+Knows the limits of the device and no architecture. A variant is a set of template constants of one kernel;
+all of them compute the same function.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Recorder:
     arena: dict[str, Tensor]  # scratch by name, shared by all programs of an engine
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """A float32 scratch tensor; the same memory for the same name, so a layer's lives until the next one's."""
+        """A float32 scratch tensor; same name, same memory, so a layer's lives until the next one's."""
         size = 1
         for d in shape:
             size *= d
@@ -72,8 +72,8 @@ class Recorder:
     def embed(self, weight: Weight, out: Tensor, scale: float = 1.0) -> None:
         for shard in weight.shards:
             kernel = self.device.kernel(
-                "embed", fmt=weight.fmt.name, dim=weight.k, first_row=shard.first_row, n_shard_rows=shard.n_rows,
-                scale=scale, st=self.layout,
+                "embed", fmt=weight.fmt.name, dim=weight.k, first_row=shard.first_row,
+                n_shard_rows=shard.n_rows, scale=scale, st=self.layout,
             )  # fmt: skip
             threads = self.n_rows * weight.k // 32
             self._add(
@@ -103,14 +103,15 @@ class Recorder:
         out_offset: int = 0,
         per_seq: bool = False,
     ) -> None:
-        """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. With act: gate rows, then up rows."""
+        """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows."""
         m = self.n_seqs if per_seq else self.n_rows
         for shard in weight.shards:
             n = shard.n_rows // 2 if act else shard.n_rows
-            consts = dict(
-                fmt=weight.fmt.name, k=weight.k, n=n, act=act, bias=bias is not None, residual=residual,
-                out_stride=out.shape[-1], out_offset=out_offset + shard.first_row, st=self.layout,
-            )  # fmt: skip
+            consts = {
+                "fmt": weight.fmt.name, "k": weight.k, "n": n, "act": act, "bias": bias is not None,
+                "residual": residual, "out_stride": out.shape[-1], "out_offset": out_offset + shard.first_row,
+                "st": self.layout,
+            }  # fmt: skip
             views = [self.step, x, *shard.parts, *([bias] if bias else []), out]
             if m > MATVEC_ROWS and not self.device.info.is_cpu and not per_seq:
                 bm = 32 if m <= 32 else 64
@@ -131,8 +132,8 @@ class Recorder:
         self._add(kernel, (self.step, x, out), (-(-self.n_rows * dim // 256),))
 
     def rope_store(
-        self, qkv: Tensor, turns: Tensor, q: Tensor, k: Tensor, v: Tensor, *, n_heads: int, rot_dim: int, neox: bool,
-        magnitude: float,
+        self, qkv: Tensor, turns: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
+        n_heads: int, rot_dim: int, neox: bool, magnitude: float,
     ) -> None:  # fmt: skip
         """k and v are pages: (n_blocks, n_kv, block_size, head_dim) f16."""
         _, n_kv, block_size, head_dim = k.shape
@@ -149,8 +150,8 @@ class Recorder:
         if self.splits > 1:
             parts = self.scratch("attention parts", self.n_rows, n_heads, self.splits, head_dim + 2)
         kernel = self.device.kernel(
-            "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale, qt=self.qt,
-            splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
+            "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale,
+            qt=self.qt, splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
         )  # fmt: skip
         tiles = max_tiles(self.n_rows, self.n_seqs, self.qt)
         self._add(kernel, (self.step, q, k, v, parts), (tiles, n_kv, self.splits))
@@ -166,13 +167,13 @@ class Recorder:
         self._add(kernel, (self.step, bias, counts, logits), (-(-n_vocab // 64), self.n_seqs))
 
     def sample(self, logits: Tensor, out: Tensor, *, draw: bool, counts: Tensor | None) -> None:
-        """Token ids of the sequences into `out` and the slots. Without `draw` every sequence must be greedy."""
+        """Token ids of the sequences into `out` and the slots. Without `draw` all of them must be greedy."""
         n_vocab = logits.shape[-1]
         wg = 64 if self.device.info.is_cpu else 256
         parts = 8 if self.device.info.is_cpu else SAMPLE_PARTS
         best = self.scratch("best", self.n_seqs, parts, 2)
         drawn = self.scratch("drawn", self.n_seqs)
-        consts = dict(n_vocab=n_vocab, parts=parts, st=self.layout)
+        consts = {"n_vocab": n_vocab, "parts": parts, "st": self.layout}
         partial = self.device.kernel("sample_partial", **consts, wg=wg)
         self._add(partial, (self.step, logits, best), (parts, self.n_seqs))
         if draw:

@@ -1,6 +1,6 @@
 """Runs batches: one write of the step buffer, one submission of a recorded program, sampled ids back.
 
-A program is recorded once for each bucket of rows and sequences (and kind of sampling) and replayed from then on.
+A program is recorded once for each bucket of rows, sequences and kind of sampling, and replayed from then on.
 While the same requests decode token after token, not even the step buffer is written: the device advances it.
 Knows batches and the device; knows no text and no event loop beyond awaiting the device.
 """
@@ -41,7 +41,7 @@ class Bucket:
 
 
 class Runner:
-    """A model on a device with its KV cache, ready to run batches of at most max_rows rows and max_seqs sequences."""
+    """A model on a device with its KV cache, for batches of at most max_rows rows and max_seqs sequences."""
 
     def __init__(
         self,
@@ -131,8 +131,8 @@ class Runner:
         device, layout = self.device, self.layout
         program = device.program(str(bucket))
         recorder = Recorder(
-            device, program, layout, device.view(self._step), device.view(self._slots), bucket.n_rows, bucket.n_seqs,
-            self._qt(bucket.n_rows), bucket.splits, self._arena,
+            device, program, layout, device.view(self._step), device.view(self._slots),
+            bucket.n_rows, bucket.n_seqs, self._qt(bucket.n_rows), bucket.splits, self._arena,
         )  # fmt: skip
         logits = self.model.record(recorder, self.pages.layers, self._turns, self._magnitude)
         counts = None
@@ -146,7 +146,7 @@ class Runner:
         return program
 
     def _qt(self, n_rows: int) -> int:
-        """Query rows per attention tile: one while the matrix-vector kernel runs, else what a workgroup can keep."""
+        """Query rows per attention tile: one while matvec runs, else what a workgroup can keep."""
         group = self.config.n_heads // self.config.n_kv_heads
         return 1 if n_rows <= MATVEC_ROWS else max(1, ATTENTION_QUERIES // group)
 
@@ -178,8 +178,8 @@ class Runner:
                 )
             )
         words = layout.pack(
-            tokens=batch.tokens, positions=batch.positions, row_seqs=batch.row_seq, records=records, tiles=tiles,
-            advance=batch.is_decode,
+            tokens=batch.tokens, positions=batch.positions, row_seqs=batch.row_seq, records=records,
+            tiles=tiles, advance=batch.is_decode,
         )  # fmt: skip
         self.device.write(self._step, words)
         for i, seq in enumerate(batch.seqs):
@@ -227,8 +227,8 @@ def _bucket_for(n: int) -> int:
 
 def _sampling_words(p: SamplingParams) -> bytes:
     return sampling_words(
-        temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, repetition=p.repetition_penalty,
-        presence=p.presence_penalty, frequency=p.frequency_penalty,
+        temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p,
+        repetition=p.repetition_penalty, presence=p.presence_penalty, frequency=p.frequency_penalty,
     )  # fmt: skip
 
 

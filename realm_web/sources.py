@@ -1,4 +1,4 @@
-"""Where a desktop's models come from: a path, a URL with ranges, or a Hugging Face repository. Not for the page."""
+"""Where a desktop's models come from: a path, a URL with ranges, or Hugging Face. Not for the page."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def open_source(name: str | Path) -> Source:
 
 
 def _download_hf(name: str) -> str:
-    """The file of a repository whose name holds the quant type; kept in the shared cache of huggingface_hub."""
+    """The file of a repository whose name holds the quant type; kept in huggingface_hub's shared cache."""
     try:
         import huggingface_hub
     except ImportError:

@@ -2,11 +2,12 @@
 
 Everything else in a recorded program is constant. All words are u32 (floats by their bits). Layout:
 
-    header (16) | sequence records (max_seqs x 16) | tokens | positions | sequence of each row | tiles (max_rows each)
+    header (16) | sequence records (max_seqs x 16)
+    | tokens | positions | sequence of each row | tiles (max_rows each)
     | block tables (max_seqs x max_blocks)
 
-A *row* is one token of this step; a *tile* is up to `qt` consecutive rows of one sequence (first row, count << 16).
-Kernels see the layout as the constant `st`.
+A *row* is one token of this step; a *tile* is up to `qt` consecutive rows of one sequence (first row,
+count << 16). Kernels see the layout as the constant `st`.
 """
 
 from __future__ import annotations

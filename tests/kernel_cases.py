@@ -1,8 +1,8 @@
 """One table of kernel cases, run on every device: the GPU's result against the numpy twin.
 
 A case is a kernel, its constants, its tensors (made from a seed) and the grid. `tolerance` is the largest
-|got - want| allowed relative to the largest |want|, and stands with its reason where the case is made. The same
-table is the benchmark (`realm kernels`), so cases name variants by their tuning constants.
+|got - want| allowed relative to the largest |want|, and stands with its reason where the case is made. The
+same table is the benchmark (`realm kernels`), so cases name variants by their tuning constants.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Case:
 
 
 def step_words(
-    seqs: list[tuple[int, int]], *, rng: np.random.Generator, n_vocab: int = 100, qt: int = 1, block_size: int = 16,
+    seqs: list[tuple[int, int]], *,
+    rng: np.random.Generator, n_vocab: int = 100, qt: int = 1, block_size: int = 16,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, advance: bool = False,
     st: StepLayout = ST,
 ) -> np.ndarray:  # fmt: skip
@@ -71,7 +72,7 @@ def step_words(
                 draw_position=first + n,
                 seed=int(rng.integers(2**32)),
                 params=params,
-            )  # fmt: skip
+            )
         )
     words = np.frombuffer(
         st.pack(
@@ -146,7 +147,7 @@ def cases() -> Iterator[Case]:
     yield from sampling_cases()
     tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
     yield Case(
-        "stream_read", "stream_read", dict(n=4096, stride=512), tensors, (1,), (2,), EXACT, dtype="u32"
+        "stream_read", "stream_read", {"n": 4096, "stride": 512}, tensors, (1,), (2,), EXACT, dtype="u32"
     )
 
 
@@ -165,7 +166,7 @@ def repack_cases() -> Iterator[Case]:
         yield Case(
             f"repack {fmt}",
             "repack",
-            dict(fmt=fmt),
+            {"fmt": fmt},
             tensors,
             outputs,
             (-(-n * k // 2048),),
@@ -185,9 +186,10 @@ def embed_cases() -> Iterator[Case]:
                 slots = rng.integers(0, n_vocab, ST.max_seqs).astype(np.uint32)
                 return [step, slots, *packed(fmt, rows, dim, rng), np.zeros((8, dim), np.float32)]
 
-            consts = dict(
-                fmt=fmt, dim=dim, first_row=first, n_shard_rows=rows, scale=1.0 if first else 2.5, st=ST
-            )
+            consts = {
+                "fmt": fmt, "dim": dim, "first_row": first, "n_shard_rows": rows,
+                "scale": 1.0 if first else 2.5, "st": ST,
+            }  # fmt: skip
             n_parts = len(FORMATS[fmt].parts)
             # d * (q - c) * scale rounds twice; Q4_1's sum may be fused
             yield Case(f"embed {fmt} from row {first}", "embed", consts, tensors, (2 + n_parts,), (1,), 2e-7)
@@ -207,7 +209,7 @@ def norm_cases() -> Iterator[Case]:
                 step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
             return [step, normal(rng, 8, dim) * 3, normal(rng, dim), np.zeros((8, dim), np.float32)]
 
-        consts = dict(dim=dim, eps=1e-5, gather=gather, wg=wg, subgroup=subgroup, st=ST)
+        consts = {"dim": dim, "eps": 1e-5, "gather": gather, "wg": wg, "subgroup": subgroup, "st": ST}
         name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' subgroups' * bool(subgroup)}"
         needs = ("subgroups",) if subgroup else ()
         yield Case(name, "rmsnorm", consts, tensors, (3,), (8,), SUM, needs=needs, subgroup=subgroup)
@@ -228,11 +230,15 @@ def matvec_cases() -> Iterator[Case]:
              residual=False, offset=0, fold=0):  # fmt: skip
         stride = n + offset
         tensors, out = _linear(fmt, n, k, m, act, bias, residual, stride)
-        consts = dict(fmt=fmt, k=k, n=n, act=act, bias=bias, residual=residual, out_stride=stride, out_offset=offset,
-                      per_seq=False, lanes=lanes, rows=rows, wg=wg, m_tile=m_tile, subgroup=subgroup, grid_x=fold,
-                      st=ST)  # fmt: skip
-        name = (f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
-                f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}")  # fmt: skip
+        consts = {
+            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "out_stride": stride,
+            "out_offset": offset, "per_seq": False, "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile,
+            "subgroup": subgroup, "grid_x": fold, "st": ST,
+        }  # fmt: skip
+        name = (
+            f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
+            f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
+        )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
         return Case(
             name, "matvec", consts, tensors, (out,), grid, FMA, ("subgroups",) * bool(subgroup), subgroup
@@ -262,18 +268,19 @@ def matmul_cases() -> Iterator[Case]:
                     continue
                 n, k, offset = 70, 256, 6
                 tensors, out = _linear(fmt, n, k, m, act, residual, residual, n + offset)
-                consts = dict(fmt=fmt, k=k, n=n, act=act, bias=residual, residual=residual, out_stride=n + offset,
-                              out_offset=offset, bm=bm, f16=f16, st=ST)  # fmt: skip
+                consts = {
+                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual,
+                    "out_stride": n + offset, "out_offset": offset, "bm": bm, "f16": f16, "st": ST,
+                }  # fmt: skip
                 name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
                 grid = (-(-n // (32 if act else 64)), -(-m // bm))
                 tolerance = HALF if f16 else FMA
                 yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
-    tensors = lambda rng: [
-        step_words([(0, 5), (9, 3)], rng=rng),
-        normal(rng, 8, 128),
-        np.zeros((8, 64), np.float32),
-    ]  # noqa: E731
-    yield Case("silu_mul", "silu_mul", dict(dim=64, st=ST), tensors, (2,), (2,), 1e-6)
+
+    def tensors(rng):
+        return [step_words([(0, 5), (9, 3)], rng=rng), normal(rng, 8, 128), np.zeros((8, 64), np.float32)]
+
+    yield Case("silu_mul", "silu_mul", {"dim": 64, "st": ST}, tensors, (2,), (2,), 1e-6)
 
 
 def rope_cases() -> Iterator[Case]:
@@ -292,8 +299,10 @@ def rope_cases() -> Iterator[Case]:
             qkv = normal(rng, 8, (n_heads + 2 * n_kv) * hd)
             return [step, qkv, turns, np.zeros((8, n_heads * hd), np.float32), *pages]
 
-        consts = dict(n_heads=n_heads, n_kv=n_kv, head_dim=hd, rot_dim=rot, neox=neox, magnitude=1.0 if neox else 1.2,
-                      block_size=16, st=ST)  # fmt: skip
+        consts = {
+            "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "rot_dim": rot, "neox": neox,
+            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "st": ST,
+        }  # fmt: skip
         grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
         name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
         # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
@@ -323,10 +332,13 @@ def attention_cases() -> Iterator[Case]:
                 step = step_words(seqs, rng=rng, qt=qt)
                 return [step, normal(rng, n_rows, n_heads * hd) * 2, *pages, np.zeros(out, np.float32)]
 
-            consts = dict(n_heads=n_heads, n_kv=n_kv, head_dim=hd, block_size=16, scale=hd**-0.5, qt=qt,
-                          splits=splits, wg=64, subgroup=subgroup, st=ST)  # fmt: skip
+            consts = {
+                "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
+                "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
+            }  # fmt: skip
             tiles = sum(-(-n // qt) for _, n in seqs)
-            name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}{' subgroups' * bool(subgroup)}"
+            name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"
+            name += " subgroups" * bool(subgroup)
             needs = ("subgroups",) if subgroup else ()
             yield Case(name, "attention", consts, tensors, (4,), (tiles, n_kv, splits), FMA, needs, subgroup)
 
@@ -337,7 +349,7 @@ def attention_cases() -> Iterator[Case]:
         data[:, :, 4, 64] = -1e30
         return [step_words([(0, 3)], rng=rng), data, np.zeros((3, 256), np.float32)]
 
-    consts = dict(n_heads=4, head_dim=64, splits=5, st=ST)
+    consts = {"n_heads": 4, "head_dim": 64, "splits": 5, "st": ST}
     yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
 
 
@@ -350,28 +362,27 @@ def sampling_cases() -> Iterator[Case]:
         counts |= (rng.random((4, 300)) < 0.2).astype(np.uint32) << 31
         return [step_words(seqs, rng=rng), bias, counts, normal(rng, 3, 300) * 4]
 
-    yield Case("adjust_logits", "adjust_logits", dict(n_vocab=300, st=ST), adjust, (3,), (5, 3), 1e-6)
+    yield Case("adjust_logits", "adjust_logits", {"n_vocab": 300, "st": ST}, adjust, (3,), (5, 3), 1e-6)
 
     def logits_with_ties(rng):
         return (np.round(normal(rng, 3, 1000) * 8) / 2).astype(np.float32)
 
     for wg in (64, 256):
-        tensors = lambda rng: [
-            step_words(seqs, rng=rng),
-            logits_with_ties(rng),
-            np.zeros((3, 8, 2), np.uint32),
-        ]  # noqa: E731
-        consts = dict(n_vocab=1000, parts=8, wg=wg, st=ST)
+
+        def tensors(rng):
+            return [step_words(seqs, rng=rng), logits_with_ties(rng), np.zeros((3, 8, 2), np.uint32)]
+
+        consts = {"n_vocab": 1000, "parts": 8, "wg": wg, "st": ST}
         yield Case(
             f"sample_partial wg {wg}", "sample_partial", consts, tensors, (2,), (8, 3), EXACT, dtype="u32"
         )
         for name, params in {
-            "temperature": dict(temperature=0.7),
-            "top-k": dict(temperature=1.0, top_k=7),
-            "top-p": dict(temperature=1.5, top_p=0.6),
-            "min-p": dict(temperature=1.0, min_p=0.1),
-            "all": dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02),
-            "one": dict(temperature=0.5, top_k=1),
+            "temperature": {"temperature": 0.7},
+            "top-k": {"temperature": 1.0, "top_k": 7},
+            "top-p": {"temperature": 1.5, "top_p": 0.6},
+            "min-p": {"temperature": 1.0, "min_p": 0.1},
+            "all": {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+            "one": {"temperature": 0.5, "top_k": 1},
         }.items():
 
             def draw(rng, params=params):
@@ -397,13 +408,13 @@ def sampling_cases() -> Iterator[Case]:
             counts = [rng.integers(0, 3, (4, 50)).astype(np.uint32)] * counting
             return [step, best, drawn, np.zeros(4, np.uint32), np.zeros(3, np.uint32), *counts]
 
-        consts = dict(n_vocab=50, parts=8, counting=counting, st=ST)
+        consts = {"n_vocab": 50, "parts": 8, "counting": counting, "st": ST}
         name = f"sample_final {'greedy' if temperature == 0 else 'drawn'}{' counting' * counting}"
         yield Case(name, "sample_final", consts, final, (0, 3, 4, *[5] * counting), (1,), EXACT, dtype="u32")
 
 
 def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[str, Any] | None:
-    """The constants with the device's subgroup size in place of -1; None where the device lacks what it takes."""
+    """The constants with the device's subgroup size for -1; None where the device lacks what it takes."""
     if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
         return None
     return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}

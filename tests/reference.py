@@ -1,4 +1,4 @@
-"""An independent forward pass of the llama architecture in float64 numpy, from the weights as decoded by `gguf`."""
+"""An independent forward pass of the llama architecture in float64 numpy, on weights decoded by `gguf`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine on tiny models: the same tokens whatever the chunking, the depth or the company; nothing leaks."""
+"""The engine on tiny models: the same tokens whatever the chunking, depth or company; nothing leaks."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The real SmolLM2, greedy: against exact arithmetic on the same weights, and against llama.cpp's recorded runs."""
+"""The real SmolLM2, greedy: against exact arithmetic on the same weights, and llama.cpp's recorded runs."""
 
 import asyncio
 import json
@@ -13,12 +13,13 @@ from realm_web.gguf import parse
 from realm_web.sampler import SamplingParams
 
 FILE = "smollm2-135m-instruct-q4_1.json"
-# Keys and values are float16 on every device, and tiles of the prompt's matrix products where it has f16: measured
-# on these prompts, log-probabilities stay within 0.01 of float64
+# Keys and values are float16 on every device, and tiles of the prompt's matrix products where it has f16:
+# measured on these prompts, log-probabilities stay within 0.01 of float64
 EXACT = 0.02
-# llama.cpp rounds activations to 8 bits. For this model that moves log-probabilities by 0.1 (standard deviation) and
-# up to 0.36, measured on the first prompt both between the recorded values and float64, and between float64 and a
-# numpy emulation of that rounding. Where its two candidates are closer than this, paths may part, rightly.
+# llama.cpp rounds activations to 8 bits. For this model that moves log-probabilities by 0.1 (standard
+# deviation) and up to 0.36, measured on the first prompt both between the recorded values and float64, and
+# between float64 and a numpy emulation of that rounding. Where its two candidates are closer than this, paths
+# may part, rightly.
 ROUNDING = 0.36
 
 
@@ -77,7 +78,7 @@ def parting(ids: list[int], case: dict) -> int | None:
     assert len(ids) == len(case["ids"])
     for i, (got, want) in enumerate(zip(ids, case["ids"], strict=True)):
         if got != want:
-            candidates = {token: value for token, value in case["steps"][i]["top"]}
+            candidates = dict(case["steps"][i]["top"])
             assert got in candidates, (
                 f"{case['prompt']!r}, token {i}: {got} is not among llama.cpp's ten best"
             )

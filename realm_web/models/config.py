@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says about the shape of its model. Every value is checked and named when wrong."""
+"""What a GGUF file's metadata says about its model's shape. Every value is checked and named when wrong."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ModelConfig:
 
     @classmethod
     def from_metadata(cls, md: Metadata, *, rope_neox: bool) -> ModelConfig:
-        """FormatError for values that are missing or contradict each other, UnsupportedError for what we lack."""
+        """FormatError for values that are missing or contradictory, UnsupportedError for what we lack."""
         arch = md.get_str("general.architecture")
 
         def count(key: str, default: int | None = None, maximum: int = BIG) -> int:
@@ -144,8 +144,8 @@ def _rope_scaling(md: Metadata, arch: str, context: int) -> RopeScaling:
 def rope_turns(config: ModelConfig, divisors: list[float] | None = None) -> tuple[list[int], float]:
     """Turns per position of each rotated pair as fractions of 2**32, and the factor on cos and sin.
 
-    `divisors` is `rope_freqs.weight` (Llama 3): each frequency is divided by its entry. YaRN as in Peng et al.,
-    "YaRN: Efficient Context Window Extension of Large Language Models", with llama.cpp's ramp.
+    `divisors` is `rope_freqs.weight` (Llama 3): each frequency is divided by its entry. YaRN as in Peng et
+    al., "YaRN: Efficient Context Window Extension of Large Language Models", with llama.cpp's ramp.
     """
     scaling, dim, base = config.rope_scaling, config.rope_dim, config.rope_base
     low = high = 0.0

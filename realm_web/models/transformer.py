@@ -1,7 +1,7 @@
 """The decoder block that the architectures share: weights from a GGUF file, and one forward pass recorded.
 
-An architecture is a row in `ARCHITECTURES` (models/__init__.py) that says what differs. Knows tensors and the pages
-of the KV cache; knows no request.
+An architecture is a row in `ARCHITECTURES` (models/__init__.py) that says what differs. Knows tensors and the
+pages of the KV cache; knows no request.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Transformer:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step reads: all matrices but the embedding, unless it is the output too."""
+        """Bytes of weights that a decode step reads: all but the embedding, unless it is the output too."""
         read = {id(t.to): t.to.nbytes for t in self.targets.values()}
         if self.output is not self.token_embd:
             del read[id(self.token_embd)]

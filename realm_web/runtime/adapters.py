@@ -96,8 +96,8 @@ async def open_device(device: str = "auto") -> Device:
 async def _probe_subgroups(device: Device) -> None:
     """Learn the subgroup size from a kernel, where the adapter does not say; 0 stays where it is not plain.
 
-    wgpu-native 29 reports no sizes. A kernel may trust the size only if all subgroups have it and threads fill them
-    in order. Intel compiles each kernel for a size of its own choice, so nothing is trusted there.
+    wgpu-native 29 reports no sizes. A kernel may trust the size only if all subgroups have it and threads
+    fill them in order. Intel compiles each kernel for a size of its own choice, so nothing is trusted there.
     """
     if "subgroups" not in device.features or device.info.subgroup_size or "intel" in device.name.lower():
         return

@@ -1,7 +1,7 @@
 """The page's backend: `navigator.gpu` from Pyodide, in a Web Worker.
 
-A recorded program is one JavaScript closure, so a token costs one call from Python. Weights come as JavaScript
-`Uint8Array`s and go to `queue.writeBuffer` as they are; they never enter Python's memory.
+A recorded program is one JavaScript closure, so a token costs one call from Python. Weights come as
+JavaScript `Uint8Array`s and go to `queue.writeBuffer` as they are; they never enter Python's memory.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ HELPERS = """
 
 
 async def open_backend() -> BrowserBackend:
-    """Ask the browser for its fastest adapter and open it with every limit it has. DeviceError says what to do."""
+    """Open the browser's fastest adapter with every limit it has. DeviceError says what to do."""
     gpu = getattr(js.navigator, "gpu", None)
     adapter = await gpu.requestAdapter(_object(powerPreference="high-performance")) if gpu else None
     if not adapter:

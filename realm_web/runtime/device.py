@@ -1,7 +1,8 @@
 """The device interface: buffers, kernels compiled once, programs recorded once and replayed by one call.
 
-`Device` holds every cache and every policy; a backend (`webgpu.py`, `browser.py`, `cpu.py`) is seven primitives.
-Nothing here knows a model. Constants of a kernel are part of its name, so a cache key is a plain value.
+`Device` holds every cache and every policy; a backend (`webgpu.py`, `browser.py`, `cpu.py`) is seven
+primitives. Nothing here knows a model. Constants of a kernel are part of its name, so a cache key is a plain
+value.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class View:
 
 @dataclass(eq=False)
 class Kernel:
-    """A compiled (or still to be compiled) kernel. Made by `Device.kernel` only, one per name and constants."""
+    """A kernel, compiled or still to be. Made by `Device.kernel` only, one per name and constants."""
 
     name: str
     consts: dict[str, Any]
@@ -97,7 +98,7 @@ class Step:
 
 @dataclass(eq=False)
 class Program:
-    """A linear list of kernel calls; `Device.submit` records it at its first submission, then only replays."""
+    """A linear list of kernel calls; `Device.submit` records it the first time, then only replays."""
 
     device: Device
     label: str
@@ -119,7 +120,7 @@ class Backend(Protocol):
     info: AdapterInfo
 
     def alloc(self, nbytes: int, label: str) -> Any:
-        """Zeroed device memory. DeviceError when there is not enough (found at the next await at the latest)."""
+        """Zeroed device memory. DeviceError when there is not enough (at the next await at the latest)."""
 
     def free(self, handle: Any) -> None: ...
 
@@ -176,11 +177,12 @@ class Device:
         return self.info.subgroup_size if "subgroups" in self.features else 0
 
     def alloc(self, nbytes: int, label: str) -> Buffer:
-        """Zeroed memory of at least `nbytes` (rounded up to 16). DeviceError says what was needed and allowed."""
+        """Zeroed memory of `nbytes`, rounded up to 16. DeviceError says what was needed and allowed."""
         size = -(-max(nbytes, 16) // 16) * 16
         if size > self.limits.max_buffer:
             raise DeviceError(
-                f"{label} needs one buffer of {size:,} bytes, but {self.name} allows {self.limits.max_buffer:,}; "
+                f"{label} needs one buffer of {size:,} bytes, "
+                f"but {self.name} allows {self.limits.max_buffer:,}; "
                 "use a smaller model or context, or another device"
             )
         buffer = Buffer(self.backend.alloc(size, label), size, label, self._count())
@@ -206,7 +208,7 @@ class Device:
         return await self.backend.read(buffer.handle, offset, nbytes)
 
     def kernel(self, name: str, **consts: Any) -> Kernel:
-        """The kernel `shaders/<name>.wgsl` with these constants (hashable values); the same object every time."""
+        """The kernel `shaders/<name>.wgsl` with these (hashable) constants; the same object every time."""
         key = (name, tuple(sorted(consts.items())))
         kernel = self._kernels.get(key)
         if kernel is None:

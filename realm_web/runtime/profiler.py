@@ -1,4 +1,4 @@
-"""How fast a device is, and where the time of a program goes. Wall-clock over many repeats, so it works everywhere."""
+"""How fast a device is, and where a program's time goes: wall-clock over many repeats, to work everywhere."""
 
 from __future__ import annotations
 

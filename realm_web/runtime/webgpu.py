@@ -1,8 +1,8 @@
 """The wgpu-py backend: Vulkan, Metal and DX12 through wgpu-native.
 
 The replay loop and the readback call wgpu-native through wgpu-py's own cffi handle: the wrapped methods cost
-3.5 us a dispatch, the library itself about 1 us (wgpu 0.32). The first replay of every program goes through the
-checked functions, so that a validation error raises where it is made.
+3.5 us a dispatch, the library itself about 1 us (wgpu 0.32). The first replay of every program goes through
+the checked functions, so that a validation error raises where it is made.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Staging:
 
 
 class Readback:
-    """The bytes of a copy already enqueued. Awaiting it blocks in the driver until that submission is done."""
+    """The bytes of a copy already enqueued. Awaiting it blocks in the driver until its submission is done."""
 
     __slots__ = ("_backend", "_index", "_nbytes", "_pool", "_staging")
 

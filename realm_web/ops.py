@@ -39,9 +39,13 @@ def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
     if device.info.is_cpu:  # no barriers, no reductions: a thread per row
         return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
     size = device.subgroup_size
-    if size:
+    if not size:
+        return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+    if n * k < 1 << 22 or m_tile > 2:  # too few rows to fill the GPU, or too many sums for the registers
         return Matvec(lanes=size, rows=1, wg=max(64, size), m_tile=m_tile, subgroup=size)
-    return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+    if n >= 1 << 15:
+        return Matvec(lanes=size, rows=4, wg=64, m_tile=m_tile, subgroup=size)
+    return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
 
 
 @dataclass

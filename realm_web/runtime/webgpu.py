@@ -15,7 +15,7 @@ from typing import Any
 
 import wgpu
 import wgpu.backends.wgpu_native
-from wgpu.backends.wgpu_native._api import libf
+from wgpu.backends.wgpu_native._api import GPUShaderModule, libf
 from wgpu.backends.wgpu_native._ffi import ffi, lib
 
 from realm_web.errors import DeviceError
@@ -27,6 +27,7 @@ FEATURES = {"subgroup": "subgroups", "shader-f16": "f16", "timestamp-query": "ti
 PREFERENCE = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
 BACKENDS = ("Vulkan", "Metal", "D3D12")  # OpenGL lacks storage buffers enough for the wider kernels
 READ_CHUNK = 64 << 20
+BOUNDS_CHECKS = 1  # WGPUShaderRuntimeChecks_BoundsChecks
 
 
 def adapters() -> list[tuple[AdapterInfo, Any]]:
@@ -190,10 +191,7 @@ class WebGPUBackend:
 
     def _pipeline(self, kernel: Kernel) -> Any:
         try:
-            code = kernel.source.code.replace(
-                "enable subgroups;", ""
-            )  # naga has them on, and refuses the word
-            module = self.device.create_shader_module(label=kernel.name, code=code)
+            module = self._module(kernel)
             layout = self.device.create_pipeline_layout(
                 bind_group_layouts=[self._layout(kernel.source.access)]
             )
@@ -204,6 +202,23 @@ class WebGPUBackend:
             problem = DeviceError(f"{kernel} did not compile on {self.info.name}: {error}")
             problem.add_note(kernel.source.numbered())
             raise problem from error
+
+    def _module(self, kernel: Kernel) -> Any:
+        """A shader module that keeps its bounds checks but has no counter in every loop.
+
+        Our loops end by construction; naga's guard against endless ones costs two integer operations a turn.
+        """
+        code = kernel.source.code.replace(
+            "enable subgroups;", ""
+        ).encode()  # naga has them on, and refuses the word
+        text = ffi.new("char[]", code)
+        source = ffi.new("WGPUShaderSourceWGSL *")
+        source.chain.sType = lib.WGPUSType_ShaderSourceWGSL
+        source.code.data, source.code.length = text, len(code)
+        descriptor = ffi.new("WGPUShaderModuleDescriptor *")
+        descriptor.nextInChain = ffi.cast("WGPUChainedStruct *", source)
+        raw = libf.wgpuDeviceCreateShaderModuleTrusted(self._device, descriptor, BOUNDS_CHECKS)
+        return GPUShaderModule(kernel.name, raw, self.device)
 
     def _finish(self, encoder: Any, api: Any) -> int:
         commands = api.wgpuCommandEncoderFinish(encoder, ffi.NULL)

@@ -20,7 +20,9 @@ LEVELS = {
     "errors": 0,
     "gguf": 1,
     "quants": 1,
+    "grids": 1,
     "dequant": 1,
+    "quantize": 1,
     "tokenizer": 1,
     "chat": 1,
     "runtime": 2,
@@ -51,14 +53,14 @@ THIRD_PARTY = {
     "js": ("runtime.browser",),
     "pyodide": ("runtime.browser",),
     "pyodide_js": ("runtime.browser",),
-    "numpy": ("runtime.cpu*", "dequant"),
+    "numpy": ("runtime.cpu*", "dequant*", "quantize"),
     "native": ("runtime.native",),
     "rich": ("cli*",),
     "huggingface_hub": ("sources",),
 }
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
-NATIVE_ONLY = ("runtime.webgpu", "runtime.cpu*", "runtime.native", "dequant", "sources")
+NATIVE_ONLY = ("runtime.webgpu", "runtime.cpu*", "runtime.native", "dequant*", "quantize", "sources")
 NOT_IN_A_PAGE = {
     "_thread",
     "concurrent",
@@ -163,7 +165,7 @@ def test_a_module_imports_only_what_its_level_allows(module):
         ("env", "import realm_web.errors", "level 0 imports nothing"),
         ("scheduler", "from . import engine as e\nfrom .cli import run", "of level 6 from level 5"),
         ("models.llama", "from ..scheduler import Batch", "of level 5 from level 4"),
-        ("ops", "import numpy as np", "which only runtime.cpu*, dequant may"),
+        ("ops", "import numpy as np", "which only runtime.cpu*, dequant*, quantize may"),
         ("engine", "def f():\n    import wgpu.utils", "which only runtime.webgpu may"),
         ("page", "from js import navigator", "which only runtime.browser may"),
         ("engine", "import threading", "a page does not have"),

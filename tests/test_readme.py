@@ -10,6 +10,8 @@ import pytest
 from tiny import CHATML, write_tiny
 
 from realm_web.__main__ import COMMANDS, build_parser
+from realm_web.models import ARCHITECTURES
+from realm_web.quants import FORMATS
 
 
 def blocks(repository: Path, language: str) -> list[str]:
@@ -41,3 +43,11 @@ def test_every_command_line_is_one_that_the_program_takes(repository):
     lines = re.findall(r"^    realm (.*?)(?:  +#.*)?$", (repository / "README.md").read_text("utf-8"), re.M)
     used = {build_parser().parse_args(shlex.split(line)).command for line in lines}
     assert used >= {"chat", "run", "inspect", "bench", "doctor"} and used <= COMMANDS.keys()
+
+
+def test_every_weight_format_and_architecture_is_named(repository):
+    text = (repository / "README.md").read_text("utf-8")
+    section = text[text.index("## What runs") : text.index("## What is measured where")]
+    missing = {name for name in FORMATS if not re.search(rf"\b{name}\b", section)}
+    missing |= {name for name in ARCHITECTURES if f"`{name}`" not in section}
+    assert not missing, f"README.md, section What runs, does not name {', '.join(sorted(missing))}"

@@ -21,7 +21,8 @@ from realm_web.errors import DeviceError, FormatError, RealmError, RequestError
 from realm_web.gguf import GGUFFile
 from realm_web.loader import Loader, Source, read_header, read_vector
 from realm_web.models import build, read_config
-from realm_web.models.config import ModelConfig, rope_turns
+from realm_web.models.config import ModelConfig
+from realm_web.models.rope import RopeTable, rope_table
 from realm_web.runner import Runner, room_error
 from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Device
@@ -202,19 +203,11 @@ class Engine:
                 return None
             return lambda done, total: on_progress(Progress(stage, done, total, label))
 
-        divisors = None
-        if "rope_freqs.weight" in gguf.tensors:
-            info = gguf.tensor("rope_freqs.weight", (config.rope_dim // 2,))
-            divisors = list(await read_vector(source, info))
-            if not all(0 < d < float("inf") for d in divisors):
-                raise FormatError(
-                    f"{source.name}: rope_freqs.weight holds values that are no positive numbers"
-                )
-        turns, magnitude = rope_turns(config, divisors)
+        ropes = await _rope_tables(source, gguf, config, sizes["context"])
         try:
             try:
                 model = build(gguf, device)
-                runner = Runner(device, model, **sizes, turns=turns, magnitude=magnitude)
+                runner = Runner(device, model, **sizes, ropes=ropes)
                 loader = Loader(device, model, gguf, source)
             except DeviceError as error:
                 weights = sum(info.nbytes for info in gguf.tensors.values())
@@ -375,6 +368,24 @@ class Engine:
 
 async def _finished(readback) -> None:
     await readback
+
+
+async def _rope_tables(source: Source, gguf: GGUFFile, config: ModelConfig, context: int) -> list[RopeTable]:
+    """One table for each of config.ropes, and last the empty one of layers that do not rotate."""
+    original = config.ropes[0].scaling.original_context
+    length = "long" if context > original else "short"
+    names = [name for name in ("rope_freqs.weight", f"rope_factors_{length}.weight") if name in gguf.tensors]
+    divisors: list[float] = []
+    for name in names:
+        info = gguf.tensor(name, (config.rope_dim // 2,))
+        divisors = list(await read_vector(source, info))
+        if not all(0 < d < float("inf") for d in divisors):
+            raise FormatError(f"{source.name}: {name} holds values that are no positive numbers")
+    tables = [
+        rope_table(rope.base, config.rope_dim, rope.scaling, () if i else divisors)
+        for i, rope in enumerate(config.ropes)
+    ]
+    return [*tables, RopeTable((), 1.0)]
 
 
 def _check_context(context: int | None, config: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from realm_web.ops import Pages
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor
 
@@ -89,14 +90,10 @@ class BlockPool:
                 raise ValueError(f"block {block} is not allocated: freed twice, or not of this pool")
 
 
-class KVPages:
-    """Keys and values: per layer two tensors (n_blocks, n_kv_heads, block_size, head_dim) f16."""
-
-    def __init__(
-        self, device: Device, n_layers: int, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int
-    ):
-        shape = (n_blocks, n_kv_heads, block_size, head_dim)
-        self.layers = [
-            tuple(Tensor.alloc(device, shape, "f16", f"KV cache of layer {i}") for _ in range(2))
-            for i in range(n_layers)
-        ]
+def alloc_pages(
+    device: Device, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int, *, ring: int = 0, max_seqs: int = 0
+) -> Pages:  # fmt: skip
+    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many for each slot."""
+    shape = (ring * max_seqs or n_blocks, n_kv_heads, block_size, head_dim)
+    k, v = (Tensor.alloc(device, shape, "f16", "KV cache") for _ in range(2))
+    return Pages(k, v, ring)

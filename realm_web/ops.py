@@ -48,6 +48,34 @@ def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
     return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
 
 
+@dataclass(frozen=True)
+class Rope:
+    """How a layer rotates its queries and keys; dim 0 is not at all."""
+
+    turns: Tensor  # (dim / 2,) u32: turns per position as fractions of 2**32
+    magnitude: float
+    dim: int
+    neox: bool  # pairs are (i, i + dim / 2) rather than (2i, 2i + 1)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) f16 each.
+
+    With a ring, each slot has `ring` blocks of its own and writes them round and round; the block tables do not count.
+    """
+
+    k: Tensor
+    v: Tensor
+    ring: int
+
+
+def query_tile(device: Device, group: int, head_dim: int) -> int:
+    """How many query rows of `group` heads one attention workgroup keeps: what fits 16 queries and its memory."""
+    per_query = 4 * (2 * head_dim + 64 + 8)
+    return max(1, min(16, device.limits.max_shared // per_query) // group)
+
+
 @dataclass
 class Recorder:
     """Records one forward pass for at most `n_rows` tokens of at most `n_seqs` sequences."""
@@ -87,10 +115,13 @@ class Recorder:
                 f"embed {weight.label}",
             )
 
-    def rmsnorm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float, *, gather: bool = False) -> None:
+    def rmsnorm(
+        self, x: Tensor, weight: Tensor, out: Tensor, eps: float, *, gather: bool = False, residual: bool = False
+    ) -> None:  # fmt: skip
+        """out = norm(x) * weight, or += with residual. With gather, out's rows are those that draw a token."""
         wg = 64 if self.device.info.is_cpu else 256
         kernel = self.device.kernel(
-            "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, wg=wg, subgroup=self.device.subgroup_size,
+            "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, wg=wg, subgroup=self.device.subgroup_size,
             st=self.layout,
         )  # fmt: skip
         self._add(kernel, (self.step, x, weight, out), (self.n_seqs if gather else self.n_rows,))
@@ -104,6 +135,8 @@ class Recorder:
         bias: Tensor | None = None,
         residual: bool = False,
         act: str = "",
+        scale: float = 1.0,
+        softcap: float = 0.0,
         out_offset: int = 0,
         per_seq: bool = False,
     ) -> None:
@@ -113,7 +146,7 @@ class Recorder:
             n = shard.n_rows // 2 if act else shard.n_rows
             consts = {
                 "fmt": weight.fmt.name, "k": weight.k, "n": n, "act": act, "bias": bias is not None,
-                "residual": residual, "out_stride": out.shape[-1], "out_offset": out_offset + shard.first_row,
+                "residual": residual, "scale": scale, "softcap": softcap, "out_stride": out.shape[-1], "out_offset": out_offset + shard.first_row,
                 "st": self.layout,
             }  # fmt: skip
             views = [self.step, x, *shard.parts, *([bias] if bias else []), out]
@@ -130,40 +163,63 @@ class Recorder:
                 )  # fmt: skip
             self._add(kernel, views, grid, f"{kernel.name} {weight.label}")
 
-    def silu_mul(self, x: Tensor, out: Tensor) -> None:
+    def gated(self, x: Tensor, out: Tensor, act: str) -> None:
+        """out = act(gate) * up, where x holds gate and up side by side."""
         dim = out.shape[-1]
-        kernel = self.device.kernel("silu_mul", dim=dim, st=self.layout)
+        kernel = self.device.kernel("gated", act=act, dim=dim, st=self.layout)
         self._add(kernel, (self.step, x, out), (-(-self.n_rows * dim // 256),))
 
-    def rope_store(
-        self, qkv: Tensor, turns: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
-        n_heads: int, rot_dim: int, neox: bool, magnitude: float,
+    def qk_norm(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, n_q: int, n_k: int, eps: float
     ) -> None:  # fmt: skip
-        """k and v are pages: (n_blocks, n_kv, block_size, head_dim) f16."""
-        _, n_kv, block_size, head_dim = k.shape
+        """Norm n_q slices of q and n_k of k in place; the weights say how long a slice is."""
         kernel = self.device.kernel(
-            "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rot_dim, neox=neox,
-            magnitude=magnitude, block_size=block_size, st=self.layout,
+            "qk_norm", n_q=n_q, len_q=q_weight.shape[0], n_k=n_k, len_k=k_weight.shape[0], stride=qkv.shape[-1],
+            eps=eps, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
+        )  # fmt: skip
+        self._add(kernel, (self.step, qkv, q_weight, k_weight), (n_q + n_k, self.n_rows))
+
+    def rope_store(self, qkv: Tensor, rope: Rope, q: Tensor, pages: Pages, *, n_heads: int) -> None:
+        """Rotate q and k; q goes to its own tensor, k and v into the pages."""
+        n_kv, block_size, head_dim = pages.k.shape[1:]
+        kernel = self.device.kernel(
+            "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rope.dim, neox=rope.neox,
+            magnitude=rope.magnitude, block_size=block_size, ring=pages.ring, st=self.layout,
         )  # fmt: skip
         threads = (n_heads + 2 * n_kv) * head_dim // 2
-        self._add(kernel, (self.step, qkv, turns, q, k, v), (-(-threads // 64), self.n_rows))
+        self._add(kernel, (self.step, qkv, rope.turns, q, pages.k, pages.v), (-(-threads // 64), self.n_rows))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, n_heads: int, scale: float) -> None:
-        _, n_kv, block_size, head_dim = k.shape
-        parts = out
+    def attention(
+        self,
+        q: Tensor,
+        pages: Pages,
+        out: Tensor,
+        *,
+        n_heads: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Causal attention of every row over what its sequence has in the pages, or over its last `window`."""
+        n_kv, block_size, head_dim = pages.k.shape[1:]
+        parts, extra = out, () if sinks is None else (sinks,)
         if self.splits > 1:
             parts = self.scratch("attention parts", self.n_rows, n_heads, self.splits, head_dim + 2)
         kernel = self.device.kernel(
             "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale,
-            qt=self.qt, splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
+            softcap=softcap, window=window, ring=pages.ring, sinks=bool(extra) and self.splits == 1, qt=self.qt,
+            splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
         )  # fmt: skip
         tiles = max_tiles(self.n_rows, self.n_seqs, self.qt)
-        self._add(kernel, (self.step, q, k, v, parts), (tiles, n_kv, self.splits))
+        views = (self.step, q, pages.k, pages.v, *(extra if self.splits == 1 else ()), parts)
+        self._add(kernel, views, (tiles, n_kv, self.splits))
         if self.splits > 1:
             merge = self.device.kernel(
-                "attention_merge", n_heads=n_heads, head_dim=head_dim, splits=self.splits, st=self.layout
-            )
-            self._add(merge, (self.step, parts, out), (n_heads, self.n_rows))
+                "attention_merge", n_heads=n_heads, head_dim=head_dim, splits=self.splits, sinks=bool(extra),
+                st=self.layout,
+            )  # fmt: skip
+            self._add(merge, (self.step, parts, *extra, out), (n_heads, self.n_rows))
 
     def adjust_logits(self, logits: Tensor, bias: Tensor, counts: Tensor) -> None:
         n_vocab = logits.shape[-1]

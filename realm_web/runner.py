@@ -8,14 +8,15 @@ Knows batches and the device; knows no text and no event loop beyond awaiting th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from realm_web.errors import DeviceError
-from realm_web.kvcache import BlockPool, KVPages
+from realm_web.kvcache import BlockPool, alloc_pages
 from realm_web.models.config import ModelConfig
+from realm_web.models.rope import RopeTable
 from realm_web.models.transformer import Transformer
-from realm_web.ops import MATVEC_ROWS, Recorder
+from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, query_tile
 from realm_web.runtime.device import Device, Program
 from realm_web.sampler import SamplingParams
 from realm_web.scheduler import Batch, Request, SeqSlice
@@ -26,7 +27,6 @@ BLOCK_SIZE = 32
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_BUCKETS = (32, 128, 512)  # compiled when the model is opened, with the bucket of 1
 SPLIT_AT = ((256, 1), (1024, 4), (1 << 30, 16))  # attention parts up to so many tokens of context
-ATTENTION_QUERIES = 16  # query rows times heads that one workgroup keeps
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Runner:
         context: int,
         max_seqs: int,
         max_rows: int,
-        turns: list[int],
-        magnitude: float,
+        ropes: Sequence[RopeTable],
     ):
         self.device, self.model = device, model
         config = model.config
@@ -61,15 +60,11 @@ class Runner:
         n_blocks = -(-context // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks, BLOCK_SIZE)
         self.layout = StepLayout(_bucket_for(max_rows), max_seqs, n_blocks)
-        self.pages = KVPages(
-            device, config.n_layers, config.n_kv_heads, config.head_dim, n_blocks, BLOCK_SIZE
-        )
+        self.pages = [self._pages(layer.window) for layer in config.layers]
         self._step = device.alloc(4 * self.layout.n_words, "step")
         self._slots = device.alloc(4 * max_seqs, "slots")
         self._out = device.alloc(4 * _bucket_for(max_seqs), "sampled ids")
-        self._turns = Tensor.alloc(device, (len(turns),), "u32", "rope turns")
-        device.write(self._turns.buffer, array("I", turns).tobytes())
-        self._magnitude = magnitude
+        self._ropes = [self._rope(table) for table in ropes]
         self._arena: dict[str, Tensor] = {}
         # logit bias and token counts, (max_seqs, n_vocab), from the first request that needs them
         self._adjustments: tuple[Tensor, Tensor] | None = None
@@ -110,11 +105,9 @@ class Runner:
 
     def _bucket(self, batch: Batch, params: list[SamplingParams]) -> Bucket:
         longest = max(seq.kv_len for seq in batch.seqs)
-        n_rows = next(b for b in ROW_BUCKETS if b >= batch.n_rows)
-        if n_rows > MATVEC_ROWS:
-            n_rows = (
-                next((b for b in PREFILL_BUCKETS if b >= n_rows), n_rows) if not batch.is_decode else n_rows
-            )
+        n_rows = _bucket_for(batch.n_rows)
+        if n_rows > MATVEC_ROWS and not batch.is_decode:  # the buckets that are compiled already
+            n_rows = next(b for b in self._prefill_buckets if b >= n_rows)
         splits = 1
         if n_rows <= MATVEC_ROWS and not self.device.info.is_cpu:
             splits = next(splits for length, splits in SPLIT_AT if longest <= length)
@@ -134,7 +127,7 @@ class Runner:
             device, program, layout, device.view(self._step), device.view(self._slots),
             bucket.n_rows, bucket.n_seqs, self._qt(bucket.n_rows), bucket.splits, self._arena,
         )  # fmt: skip
-        logits = self.model.record(recorder, self.pages.layers, self._turns, self._magnitude)
+        logits = self.model.record(recorder, self.pages, self._ropes)
         counts = None
         if bucket.adjust:
             bias, counts = self._adjustment_tables()
@@ -146,9 +139,27 @@ class Runner:
         return program
 
     def _qt(self, n_rows: int) -> int:
-        """Query rows per attention tile: one while matvec runs, else what a workgroup can keep."""
-        group = self.config.n_heads // self.config.n_kv_heads
-        return 1 if n_rows <= MATVEC_ROWS else max(1, ATTENTION_QUERIES // group)
+        """Query rows per attention tile: one while the matrix-vector kernel runs, else what a workgroup keeps."""
+        config = self.config
+        if n_rows <= MATVEC_ROWS:
+            return 1
+        return query_tile(self.device, config.n_heads // config.n_kv_heads, config.head_dim)
+
+    def _pages(self, window: int) -> Pages:
+        """Of a layer that sees everything (window 0) in the shared pool; of another, only what its window holds."""
+        config, n_blocks = self.config, self.pool.n_blocks
+        ring = -(-(window + self.max_rows) // BLOCK_SIZE) + 1
+        if not window or ring * self.layout.max_seqs >= n_blocks:
+            ring = 0
+        return alloc_pages(
+            self.device, config.n_kv_heads, config.head_dim, n_blocks, BLOCK_SIZE, ring=ring,
+            max_seqs=self.layout.max_seqs,
+        )  # fmt: skip
+
+    def _rope(self, table: RopeTable) -> Rope:
+        turns = Tensor.alloc(self.device, (max(1, len(table.turns)),), "u32", "rope turns")
+        self.device.write(turns.buffer, array("I", table.turns or [0]).tobytes())
+        return Rope(turns, table.magnitude, 2 * len(table.turns), self.config.arch.rope_neox)
 
     def _write_step(
         self, batch: Batch, params: list[SamplingParams], request_of: Callable[[str], Request]

@@ -207,12 +207,27 @@ def norm_cases() -> Iterator[Case]:
             step = step_words([(0, 3), (7, 1), (2, 2)], rng=rng)
             if gather:
                 step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
-            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), np.zeros((8, dim), np.float32)]
+            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), normal(rng, 8, dim)]
 
-        consts = {"dim": dim, "eps": 1e-5, "gather": gather, "wg": wg, "subgroup": subgroup, "st": ST}
+        consts = {
+            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96, "wg": wg, "subgroup": subgroup, "st": ST,
+        }  # fmt: skip
         name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' subgroups' * bool(subgroup)}"
         needs = ("subgroups",) if subgroup else ()
         yield Case(name, "rmsnorm", consts, tensors, (3,), (8,), SUM, needs=needs, subgroup=subgroup)
+    for n_q, len_q, n_k, len_k, subgroup in ((3, 40, 2, 40, 0), (1, 96, 1, 48, -1)):
+
+        def slices(rng, n_q=n_q, len_q=len_q, n_k=n_k, len_k=len_k):
+            step = step_words([(0, 3), (7, 1)], rng=rng)
+            return [step, normal(rng, 6, 208) * 2, normal(rng, len_q), normal(rng, len_k)]
+
+        consts = {
+            "n_q": n_q, "len_q": len_q, "n_k": n_k, "len_k": len_k, "stride": 208, "eps": 1e-6, "wg": 64,
+            "subgroup": subgroup, "st": ST,
+        }  # fmt: skip
+        needs = ("subgroups",) if subgroup else ()
+        name = f"qk_norm {n_q} x {len_q}, {n_k} x {len_k}"
+        yield Case(name, "qk_norm", consts, slices, (1,), (n_q + n_k, 6), SUM, needs=needs, subgroup=subgroup)
 
 
 def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
@@ -227,11 +242,12 @@ def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bo
 
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, subgroup=0, act="", bias=False,
-             residual=False, offset=0, fold=0):  # fmt: skip
+             residual=False, offset=0, fold=0, scale=1.0, softcap=0.0):  # fmt: skip
         stride = n + offset
         tensors, out = _linear(fmt, n, k, m, act, bias, residual, stride)
         consts = {
-            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "out_stride": stride,
+            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
+            "softcap": softcap, "out_stride": stride,
             "out_offset": offset, "per_seq": False, "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile,
             "subgroup": subgroup, "grid_x": fold, "st": ST,
         }  # fmt: skip
@@ -254,6 +270,7 @@ def matvec_cases() -> Iterator[Case]:
         )  # -1: the device's subgroup size
         yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, m_tile=2)
         yield case(fmt, lanes=64, subgroup=-1, rows=2, wg=128, m=2, m_tile=2, act="silu_mul")
+    yield case("Q4_1", lanes=16, act="gelu_mul", bias=True, scale=0.25, softcap=0.5, n=41)
     yield case("Q4_0", lanes=32, rows=4, bias=True, residual=True, n=37, k=576)
     yield case("Q8_0", lanes=64, rows=1, residual=True, offset=24, m=9, m_tile=8)
     yield case("F16", lanes=8, rows=2, wg=32, fold=2, n=37)
@@ -269,7 +286,7 @@ def matmul_cases() -> Iterator[Case]:
                 n, k, offset = 70, 256, 6
                 tensors, out = _linear(fmt, n, k, m, act, residual, residual, n + offset)
                 consts = {
-                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual,
+                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual, "scale": 1.0, "softcap": 0.0,
                     "out_stride": n + offset, "out_offset": offset, "bm": bm, "f16": f16, "st": ST,
                 }  # fmt: skip
                 name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
@@ -280,31 +297,35 @@ def matmul_cases() -> Iterator[Case]:
     def tensors(rng):
         return [step_words([(0, 5), (9, 3)], rng=rng), normal(rng, 8, 128), np.zeros((8, 64), np.float32)]
 
-    yield Case("silu_mul", "silu_mul", {"dim": 64, "st": ST}, tensors, (2,), (2,), 1e-6)
+    for act in ("silu_mul", "gelu_mul"):
+        yield Case(f"gated {act}", "gated", {"act": act, "dim": 64, "st": ST}, tensors, (2,), (2,), 1e-6)
 
 
 def rope_cases() -> Iterator[Case]:
-    for n_heads, n_kv, hd, rot, neox in (
-        (4, 2, 64, 64, False),
-        (3, 1, 32, 32, True),
-        (2, 2, 80, 32, True),
-        (2, 1, 64, 48, False),
+    for n_heads, n_kv, hd, rot, neox, ring in (
+        (4, 2, 64, 64, False, 0),
+        (3, 1, 32, 32, True, 0),
+        (2, 2, 80, 32, True, 5),
+        (2, 1, 64, 48, False, 0),
+        (2, 1, 64, 0, False, 0),
     ):
 
         def tensors(rng, n_heads=n_heads, n_kv=n_kv, hd=hd, rot=rot):
             step = step_words([(0, 3), (200, 1), (31, 2)], rng=rng)
-            inverse = 10000.0 ** (-np.arange(rot // 2) * 2 / rot)
-            turns = np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32)
+            inverse = 10000.0 ** (-np.arange(rot // 2) * 2 / max(rot, 1))
+            turns = (
+                np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32) if rot else np.zeros(1, np.uint32)
+            )
             pages = [np.zeros((64, n_kv, 16, hd), np.float16) for _ in range(2)]
             qkv = normal(rng, 8, (n_heads + 2 * n_kv) * hd)
             return [step, qkv, turns, np.zeros((8, n_heads * hd), np.float32), *pages]
 
         consts = {
             "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "rot_dim": rot, "neox": neox,
-            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "st": ST,
+            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "st": ST,
         }  # fmt: skip
         grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
-        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
+        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}{' ring' * bool(ring)}"
         # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
         yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
         yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")
@@ -312,35 +333,58 @@ def rope_cases() -> Iterator[Case]:
 
 def attention_cases() -> Iterator[Case]:
     shapes = (
-        (4, 2, 64, 1, 1, [(0, 1), (130, 1), (77, 1)]),
-        (9, 3, 64, 1, 4, [(200, 1), (0, 1)]),
-        (4, 2, 64, 4, 1, [(0, 9), (100, 6)]),
-        (2, 1, 128, 2, 1, [(70, 3)]),
-        (2, 2, 32, 8, 1, [(0, 20), (5, 1)]),
-        (2, 1, 256, 1, 2, [(90, 1)]),
-        (2, 2, 80, 2, 1, [(40, 5)]),
+        (4, 2, 64, 1, 1, [(0, 1), (130, 1), (77, 1)], {}),
+        (9, 3, 64, 1, 4, [(200, 1), (0, 1)], {}),
+        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {}),
+        (2, 1, 128, 2, 1, [(70, 3)], {}),
+        (2, 2, 32, 8, 1, [(0, 20), (5, 1)], {}),
+        (2, 1, 256, 1, 2, [(90, 1)], {}),
+        (2, 2, 80, 2, 1, [(40, 5)], {}),
+        (4, 2, 64, 1, 1, [(0, 1), (130, 1)], {"window": 40, "softcap": 5.0}),
+        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {"window": 20, "sinks": True}),
+        (4, 2, 64, 1, 3, [(250, 1), (3, 1)], {"window": 100, "ring": 8, "sinks": True}),
+        (4, 2, 64, 2, 1, [(150, 9), (3, 2)], {"window": 33, "ring": 4}),
     )
-    for n_heads, n_kv, hd, qt, splits, seqs in shapes:
+    for n_heads, n_kv, hd, qt, splits, seqs, more in shapes:
         for subgroup in (0, -1):
             n_rows = sum(n for _, n in seqs)
 
             def tensors(
-                rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows
-            ):
+                rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows,
+                sinks="sinks" in more and splits == 1,
+            ):  # fmt: skip
                 pages = [normal(rng, 64, n_kv, 16, hd).astype(np.float16) for _ in range(2)]
                 out = (n_rows, n_heads, splits, hd + 2) if splits > 1 else (n_rows, n_heads * hd)
                 step = step_words(seqs, rng=rng, qt=qt)
-                return [step, normal(rng, n_rows, n_heads * hd) * 2, *pages, np.zeros(out, np.float32)]
+                extra = [normal(rng, n_heads)] * sinks
+                return [
+                    step,
+                    normal(rng, n_rows, n_heads * hd) * 2,
+                    *pages,
+                    *extra,
+                    np.zeros(out, np.float32),
+                ]
 
             consts = {
                 "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
                 "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
+                "window": 0, "softcap": 0.0, "ring": 0, **more, "sinks": "sinks" in more and splits == 1,
             }  # fmt: skip
             tiles = sum(-(-n // qt) for _, n in seqs)
             name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"
-            name += " subgroups" * bool(subgroup)
+            name += "".join(f" {key}" for key in more) + " subgroups" * bool(subgroup)
             needs = ("subgroups",) if subgroup else ()
-            yield Case(name, "attention", consts, tensors, (4,), (tiles, n_kv, splits), FMA, needs, subgroup)
+            yield Case(
+                name,
+                "attention",
+                consts,
+                tensors,
+                (4 + consts["sinks"],),
+                (tiles, n_kv, splits),
+                FMA,
+                needs,
+                subgroup,
+            )
 
     def parts(rng):
         data = normal(rng, 3, 4, 5, 66)
@@ -349,8 +393,14 @@ def attention_cases() -> Iterator[Case]:
         data[:, :, 4, 64] = -1e30
         return [step_words([(0, 3)], rng=rng), data, np.zeros((3, 256), np.float32)]
 
-    consts = {"n_heads": 4, "head_dim": 64, "splits": 5, "st": ST}
+    def parts_and_sinks(rng):
+        step, data, out = parts(rng)
+        return [step, data, normal(rng, 4), out]
+
+    consts = {"n_heads": 4, "head_dim": 64, "splits": 5, "sinks": False, "st": ST}
     yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
+    consts = consts | {"sinks": True}
+    yield Case("attention_merge sinks", "attention_merge", consts, parts_and_sinks, (3,), (4, 3), 1e-5)
 
 
 def sampling_cases() -> Iterator[Case]:

@@ -1,25 +1,25 @@
-"""Architectures: each says only how it differs from the shared block in `transformer.py`."""
+"""Architectures: each says only how it differs from Llama in the shared block of `transformer.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from realm_web.errors import UnsupportedError
 from realm_web.gguf import GGUFFile
-from realm_web.models.config import ModelConfig
+from realm_web.models.config import Architecture, ModelConfig
 from realm_web.models.transformer import Transformer, check_tensors
 from realm_web.runtime.device import Device
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What differs between decoders."""
-
-    rope_neox: bool  # pairs are (i, i + dim / 2) rather than (2i, 2i + 1)
-
+GEMMA = {"rope_neox": True, "norms": "both", "act": "gelu_mul", "embed_by_dim": True}
 
 ARCHITECTURES = {
-    "llama": Architecture(rope_neox=False),
+    "llama": Architecture(),  # and Mistral, SmolLM 2
+    "qwen2": Architecture(rope_neox=True),
+    "qwen3": Architecture(rope_neox=True, qk_norm="head"),
+    "gemma2": Architecture(**GEMMA, global_every=2, big_layers=46),
+    "gemma3": Architecture(**GEMMA, qk_norm="head", global_every=6, local_rope_base=10000.0, big_layers=62),
+    "phi3": Architecture(rope_neox=True, fused=True, global_every=1),
+    "smollm3": Architecture(nope_every=4),
+    "granite": Architecture(scales=True),
+    "olmo2": Architecture(rope_neox=True, qk_norm="all", norms="post"),
 }
 
 
@@ -30,7 +30,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
         raise UnsupportedError(
             f"architecture {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
-    config = ModelConfig.from_metadata(gguf.metadata, rope_neox=ARCHITECTURES[name].rope_neox)
+    config = ModelConfig.from_metadata(gguf.metadata, ARCHITECTURES[name])
     check_tensors(config, gguf)
     return config
 

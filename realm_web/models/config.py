@@ -1,26 +1,53 @@
-"""What a GGUF file's metadata says about its model's shape. Every value is checked and named when wrong."""
+"""What the metadata of a GGUF file says about the shape of its model; every value is checked, and named when wrong.
+
+`Architecture` says what the metadata does not: how decoders of one name differ from others. The table of them is in
+`models/__init__.py`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import Metadata
+from realm_web.models.rope import RopeScaling, read_scaling
 
 BIG = 1 << 24  # more layers, heads or rows than this is a broken file
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How positions beyond the training length are squeezed: "none", "linear" or "yarn"."""
+class Architecture:
+    """What differs between decoders and is not in the metadata. The defaults are Llama's."""
 
-    kind: str = "none"
-    factor: float = 1.0
-    original_context: int = 0
-    attn_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    rope_neox: bool = False  # pairs are (i, i + dim / 2) rather than (2i, 2i + 1)
+    qk_norm: Literal["", "head", "all"] = ""  # of q and k: each head by itself, or all together
+    norms: Literal["pre", "post", "both"] = (
+        "pre"  # before attention and ffn, after them (on what they add), or both
+    )
+    act: Literal["silu_mul", "gelu_mul"] = "silu_mul"
+    fused: bool = False  # attn_qkv and a gate-and-up ffn_up in the file
+    embed_by_dim: bool = False  # embeddings times the square root of their length
+    scales: bool = False  # Granite's embedding_scale, residual_scale and logit_scale
+    global_every: int = 0  # with a sliding window: each so many-th layer sees everything; 0: none does
+    local_rope_base: float = 0.0  # of the layers with a window, where they have their own
+    nope_every: int = 0  # each so many-th layer has no rotation
+    big_layers: int = 0  # of the size whose attention scale follows the embedding, not the head (Gemma's 27B)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What differs between the layers of one model."""
+
+    window: int  # tokens that attention sees, up to its own; 0: all
+    rope: int  # index in ModelConfig.ropes, or -1: no rotation
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    base: float
+    scaling: RopeScaling
 
 
 @dataclass(frozen=True)
@@ -29,7 +56,7 @@ class ModelConfig:
 
     architecture: str
     name: str
-    n_layers: int
+    arch: Architecture
     dim: int
     ffn_dim: int
     n_heads: int
@@ -39,14 +66,18 @@ class ModelConfig:
     context_length: int
     norm_eps: float
     rope_dim: int
-    rope_base: float
-    rope_scaling: RopeScaling
-    rope_neox: bool
-    logit_scale: float = 1.0
+    ropes: tuple[RopeConfig, ...]
+    layers: tuple[LayerKind, ...]
+    attention_scale: float
+    attention_softcap: float
+    logit_softcap: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float  # logits are multiplied by it
 
     @property
-    def attention_scale(self) -> float:
-        return self.head_dim**-0.5
+    def n_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -54,116 +85,114 @@ class ModelConfig:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * 2
 
     @classmethod
-    def from_metadata(cls, md: Metadata, *, rope_neox: bool) -> ModelConfig:
-        """FormatError for values that are missing or contradictory, UnsupportedError for what we lack."""
-        arch = md.get_str("general.architecture")
-
-        def count(key: str, default: int | None = None, maximum: int = BIG) -> int:
-            bounds = {"minimum": 1, "maximum": maximum}
-            if default is None:
-                return md.get_int(f"{arch}.{key}", **bounds)
-            return md.get_int(f"{arch}.{key}", default, **bounds)
-
-        if md.get_int(f"{arch}.expert_count", 0):
-            raise UnsupportedError(f"{arch} models with experts (expert_count) are not supported yet")
-        dim, n_heads = count("embedding_length"), count("attention.head_count")
-        n_kv_heads = count("attention.head_count_kv", n_heads)
-        if n_heads % n_kv_heads:
-            raise FormatError(f"{n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly")
-        if f"{arch}.attention.key_length" not in md and dim % n_heads:
-            raise FormatError(f"embedding_length {dim} is not a multiple of head_count {n_heads}")
-        head_dim = count("attention.key_length", dim // n_heads)
-        if count("attention.value_length", head_dim) != head_dim:
-            raise UnsupportedError(
-                f"{arch}: value_length differs from key_length {head_dim}; they must be equal"
-            )
-        if head_dim % 8 or head_dim > 512:
-            raise UnsupportedError(f"heads of {head_dim} elements: supported are multiples of 8 up to 512")
-        if n_heads // n_kv_heads * head_dim > 4096:
-            raise UnsupportedError(
-                f"{n_heads // n_kv_heads} query heads of {head_dim} on one key-value head: too many"
-            )
-        for key, value in (("embedding_length", dim), ("feed_forward_length", count("feed_forward_length"))):
-            if value % 32:
-                raise UnsupportedError(f"{arch}.{key} is {value}; supported are multiples of 32")
-        rope_dim = md.get_int(f"{arch}.rope.dimension_count", head_dim, minimum=2, maximum=head_dim)
+    def from_metadata(cls, md: Metadata, arch: Architecture) -> ModelConfig:
+        """FormatError for what is missing or contradictory, UnsupportedError for what we lack."""
+        name = md.get_str("general.architecture")
+        shape = _read_shape(md, name)
+        dim, head_dim = shape["dim"], shape["head_dim"]
+        n_layers = _count(md, f"{name}.block_count", maximum=4096)
+        rope_dim = md.get_int(f"{name}.rope.dimension_count", head_dim, minimum=2, maximum=head_dim)
         if rope_dim % 2:
-            raise FormatError(f"{arch}.rope.dimension_count is {rope_dim}; it must be even")
-        context = count("context_length", maximum=1 << 30)
+            raise FormatError(f"{name}.rope.dimension_count is {rope_dim}; it must be even")
+        context = _count(md, f"{name}.context_length", maximum=1 << 30)
+        base = md.get_float(f"{name}.rope.freq_base", 10000.0, minimum=1.0)
+        ropes = [RopeConfig(base, read_scaling(md, name, context))]
+        if arch.local_rope_base:
+            local = md.get_float(f"{name}.rope.freq_base_swa", arch.local_rope_base, minimum=1.0)
+            ropes.append(RopeConfig(local, RopeScaling()))
+        scale = dim // shape["n_heads"] if n_layers == arch.big_layers else head_dim
+        scales = {key: 1.0 for key in ("embedding_scale", "residual_scale", "logit_scale")}
+        if arch.scales:
+            scales = {key: md.get_float(f"{name}.{key}", 1.0, minimum=1e-6, maximum=1e6) for key in scales}
         return cls(
-            architecture=arch,
-            name=md.get_str("general.name", arch),
-            n_layers=count("block_count", maximum=4096),
-            dim=dim,
-            ffn_dim=count("feed_forward_length"),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            n_vocab=_n_vocab(md, arch),
+            architecture=name,
+            name=md.get_str("general.name", name),
+            arch=arch,
+            **shape,
+            n_vocab=_n_vocab(md, name),
             context_length=context,
-            norm_eps=md.get_float(f"{arch}.attention.layer_norm_rms_epsilon", minimum=0.0, maximum=1.0),
+            norm_eps=md.get_float(f"{name}.attention.layer_norm_rms_epsilon", minimum=0.0, maximum=1.0),
             rope_dim=rope_dim,
-            rope_base=md.get_float(f"{arch}.rope.freq_base", 10000.0, minimum=1.0),
-            rope_scaling=_rope_scaling(md, arch, context),
-            rope_neox=rope_neox,
-            logit_scale=md.get_float(f"{arch}.logit_scale", 1.0) or 1.0,
+            ropes=tuple(ropes),
+            layers=_layer_kinds(md, name, arch, n_layers, context),
+            attention_scale=md.get_float(f"{name}.attention.scale", 0.0) or scale**-0.5,
+            attention_softcap=md.get_float(f"{name}.attn_logit_softcapping", 0.0, minimum=0.0),
+            logit_softcap=md.get_float(f"{name}.final_logit_softcapping", 0.0, minimum=0.0),
+            embedding_scale=math.sqrt(dim) if arch.embed_by_dim else scales["embedding_scale"],
+            residual_scale=scales["residual_scale"],
+            logit_scale=1 / scales["logit_scale"],
         )
 
 
-def _n_vocab(md: Metadata, arch: str) -> int:
+def _count(md: Metadata, key: str, default: int | None = None, maximum: int = BIG) -> int:
+    bounds = {"minimum": 1, "maximum": maximum}
+    return md.get_int(key, **bounds) if default is None else md.get_int(key, default, **bounds)
+
+
+def _read_shape(md: Metadata, name: str) -> dict[str, int]:
+    if md.get_int(f"{name}.expert_count", 0):
+        raise UnsupportedError(f"{name} models with experts (expert_count) are not supported")
+    dim, n_heads = _count(md, f"{name}.embedding_length"), _count(md, f"{name}.attention.head_count")
+    n_kv_heads = _count(md, f"{name}.attention.head_count_kv", n_heads)
+    ffn_dim = _count(md, f"{name}.feed_forward_length")
+    if n_heads % n_kv_heads:
+        raise FormatError(f"{n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly")
+    if f"{name}.attention.key_length" not in md and dim % n_heads:
+        raise FormatError(f"embedding_length {dim} is not a multiple of head_count {n_heads}")
+    head_dim = _count(md, f"{name}.attention.key_length", max(1, dim // n_heads))
+    if _count(md, f"{name}.attention.value_length", head_dim) != head_dim:
+        raise UnsupportedError(f"{name}: value_length differs from key_length {head_dim}; they must be equal")
+    if head_dim % 8 or head_dim > 512:
+        raise UnsupportedError(f"heads of {head_dim} elements: supported are multiples of 8 up to 512")
+    group = n_heads // n_kv_heads
+    if group * head_dim > 4096:
+        raise UnsupportedError(
+            f"{group} query heads of {head_dim} on one key-value head: supported are {4096 // head_dim}"
+        )
+    for key, value in (("embedding_length", dim), ("feed_forward_length", ffn_dim)):
+        if value % 32:
+            raise UnsupportedError(f"{name}.{key} is {value}; supported are multiples of 32")
+    if n_heads * head_dim % 32:
+        raise UnsupportedError(
+            f"{n_heads} heads of {head_dim}: supported are products that are multiples of 32"
+        )
+    return {
+        "dim": dim,
+        "ffn_dim": ffn_dim,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _n_vocab(md: Metadata, name: str) -> int:
     tokens = md.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and tokens:
-        n_tokens = len(tokens)
-        stated = md.get_int(f"{arch}.vocab_size", n_tokens, minimum=1)
-        if stated < n_tokens:
-            raise FormatError(
-                f"{arch}.vocab_size is {stated}, but tokenizer.ggml.tokens has {n_tokens} entries"
-            )
-        return stated
-    return md.get_int(f"{arch}.vocab_size", minimum=1)
-
-
-def _rope_scaling(md: Metadata, arch: str, context: int) -> RopeScaling:
-    prefix = f"{arch}.rope.scaling."
-    kind = md.get_str(prefix + "type", "")
-    if not kind:  # the key of older files
-        factor = md.get_float(f"{arch}.rope.scale_linear", 1.0, minimum=1e-6)
-        return RopeScaling("linear" if factor != 1.0 else "none", factor)
-    if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedError(f"{prefix}type is {kind!r}; supported are none, linear and yarn")
-    return RopeScaling(
-        kind=kind,
-        factor=1.0 if kind == "none" else md.get_float(prefix + "factor", 1.0, minimum=1e-6, maximum=1e6),
-        original_context=md.get_int(prefix + "original_context_length", context, minimum=1),
-        attn_factor=md.get_float(prefix + "attn_factor", 1.0, minimum=1e-6, maximum=1e6),
-        beta_fast=md.get_float(prefix + "yarn_beta_fast", 32.0, minimum=1e-6),
-        beta_slow=md.get_float(prefix + "yarn_beta_slow", 1.0, minimum=1e-6),
-    )
-
-
-def rope_turns(config: ModelConfig, divisors: list[float] | None = None) -> tuple[list[int], float]:
-    """Turns per position of each rotated pair as fractions of 2**32, and the factor on cos and sin.
-
-    `divisors` is `rope_freqs.weight` (Llama 3): each frequency is divided by its entry. YaRN as in Peng et
-    al., "YaRN: Efficient Context Window Extension of Large Language Models", with llama.cpp's ramp.
-    """
-    scaling, dim, base = config.rope_scaling, config.rope_dim, config.rope_base
-    low = high = 0.0
-    magnitude = scaling.attn_factor
-    if scaling.kind == "yarn":
-        low, high = (
-            dim * math.log(scaling.original_context / (beta * 2 * math.pi)) / (2 * math.log(base))
-            for beta in (scaling.beta_fast, scaling.beta_slow)
+    if not isinstance(tokens, list) or not tokens:
+        return md.get_int(f"{name}.vocab_size", minimum=1)
+    stated = md.get_int(f"{name}.vocab_size", len(tokens), minimum=1)
+    if stated < len(tokens):
+        raise FormatError(
+            f"{name}.vocab_size is {stated}, but tokenizer.ggml.tokens has {len(tokens)} entries"
         )
-        low, high = max(0, math.floor(low)), min(dim - 1, math.ceil(high))
-        if scaling.factor > 1:
-            magnitude *= 1 + 0.1 * math.log(scaling.factor)
-    turns = []
-    for i in range(dim // 2):
-        full = base ** (-2 * i / dim) / (divisors[i] if divisors else 1.0)
-        frequency = full / scaling.factor
-        if scaling.kind == "yarn":
-            keep = 1 - min(1.0, max(0.0, (i - low) / max(0.001, high - low)))  # 1: fast pairs stay as trained
-            frequency = frequency * (1 - keep) + full * keep
-        turns.append(round(frequency / (2 * math.pi) * 2**32) & 0xFFFFFFFF)
-    return turns, magnitude
+    return stated
+
+
+def _layer_kinds(
+    md: Metadata, name: str, arch: Architecture, n_layers: int, context: int
+) -> tuple[LayerKind, ...]:
+    key = f"{name}.attention.sliding_window"
+    window = 0
+    if arch.global_every and key in md:
+        window = md.get_int(key, minimum=1, maximum=BIG)
+        if window >= context:
+            window = 0
+    every = arch.global_every
+    kinds = []
+    for i in range(n_layers):
+        local = bool(window) and (i + 1) % every != 0 if every > 1 else bool(window)
+        in_pattern = every > 1 and (i + 1) % every != 0
+        rope = 1 if arch.local_rope_base and in_pattern else 0
+        if arch.nope_every and (i + 1) % arch.nope_every == 0:
+            rope = -1
+        kinds.append(LayerKind(window if local else 0, rope))
+    return tuple(kinds)

@@ -10,13 +10,21 @@ from dataclasses import dataclass
 
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, TensorInfo
-from realm_web.models.config import ModelConfig
-from realm_web.ops import Recorder
+from realm_web.models.config import LayerKind, ModelConfig
+from realm_web.ops import Pages, Recorder, Rope
 from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight, rows_per_shard
 
-BIAS_OK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+OF_MODEL = {"token_embd.weight", "output.weight", "output_norm.weight", *ROPE_FACTORS}
+# copies that some files hold in every layer
+IGNORED = {
+    "rope_freqs.weight",
+    "attn_rot_embd.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    attn_norm: Tensor
+    attn_norm: Tensor | None
     qkv: Linear
+    qk_norm: tuple[Tensor, Tensor] | None
     attn_output: Linear
-    ffn_norm: Tensor
+    attn_post_norm: Tensor | None
+    ffn_norm: Tensor | None
     gate_up: Linear
-    fused_act: bool  # gate and up are one weight and have no bias: the product applies silu(gate) * up itself
+    fused_act: bool  # gate and up are one weight and have no bias: the product itself applies act(gate) * up
     ffn_down: Linear
+    ffn_post_norm: Tensor | None
 
 
 class Transformer:
@@ -78,59 +89,98 @@ class Transformer:
             del read[id(self.token_embd)]
         return sum(read.values())
 
-    def record(
-        self, r: Recorder, pages: list[tuple[Tensor, Tensor]], turns: Tensor, magnitude: float
-    ) -> Tensor:
-        """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn."""
+    def record(self, r: Recorder, pages: list[Pages], ropes: list[Rope]) -> Tensor:
+        """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn.
+
+        `ropes` holds one for each of config.ropes, and last the one that does not rotate.
+        """
         c = self.config
         x = r.scratch("x", r.n_rows, c.dim)
-        normed = r.scratch("normed", r.n_rows, c.dim)
-        qkv = r.scratch("qkv", r.n_rows, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
-        q = r.scratch("q", r.n_rows, c.n_heads * c.head_dim)
-        attended = r.scratch("attended", r.n_rows, c.n_heads * c.head_dim)
-        hidden = r.scratch("hidden", r.n_rows, c.ffn_dim)
-        r.embed(self.token_embd, x)
-        for layer, (keys, values) in zip(self.layers, pages, strict=True):
-            r.rmsnorm(x, layer.attn_norm, normed, c.norm_eps)
-            layer.qkv.record(r, normed, qkv)
-            r.rope_store(
-                qkv, turns, q, keys, values, n_heads=c.n_heads, rot_dim=c.rope_dim, neox=c.rope_neox,
-                magnitude=magnitude,
-            )  # fmt: skip
-            r.attention(q, keys, values, attended, n_heads=c.n_heads, scale=c.attention_scale)
-            layer.attn_output.record(r, attended, x, residual=True)
-            r.rmsnorm(x, layer.ffn_norm, normed, c.norm_eps)
-            if layer.fused_act:
-                layer.gate_up.record(r, normed, hidden, act="silu_mul")
-            else:
-                both = r.scratch("gate and up", r.n_rows, 2 * c.ffn_dim)
-                layer.gate_up.record(r, normed, both)
-                r.silu_mul(both, hidden)
-            layer.ffn_down.record(r, hidden, x, residual=True)
+        r.embed(self.token_embd, x, c.embedding_scale)
+        for layer, kind, layer_pages in zip(self.layers, c.layers, pages, strict=True):
+            self._record_attention(r, layer, kind, x, layer_pages, ropes[kind.rope])
+            self._record_ffn(r, layer, x)
         last = r.scratch("last", r.n_seqs, c.dim)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
         r.rmsnorm(x, self.output_norm, last, c.norm_eps, gather=True)
-        r.linear(last, self.output, logits, per_seq=True)
+        r.linear(last, self.output, logits, per_seq=True, scale=c.logit_scale, softcap=c.logit_softcap)
         return logits
+
+    def _record_attention(
+        self, r: Recorder, layer: Layer, kind: LayerKind, x: Tensor, pages: Pages, rope: Rope
+    ) -> None:  # fmt: skip
+        c = self.config
+        qkv = r.scratch("qkv", r.n_rows, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
+        q = r.scratch("q", r.n_rows, c.n_heads * c.head_dim)
+        attended = r.scratch("attended", r.n_rows, c.n_heads * c.head_dim)
+        layer.qkv.record(r, self._normed(r, layer.attn_norm, x), qkv)
+        if layer.qk_norm:
+            slices = (c.n_heads, c.n_kv_heads) if c.arch.qk_norm == "head" else (1, 1)
+            r.qk_norm(qkv, *layer.qk_norm, *slices, c.norm_eps)
+        r.rope_store(qkv, rope, q, pages, n_heads=c.n_heads)
+        r.attention(
+            q, pages, attended, n_heads=c.n_heads, scale=c.attention_scale, window=kind.window,
+            softcap=c.attention_softcap,
+        )  # fmt: skip
+        self._add(r, layer.attn_output, attended, layer.attn_post_norm, x)
+
+    def _record_ffn(self, r: Recorder, layer: Layer, x: Tensor) -> None:
+        c = self.config
+        hidden = r.scratch("hidden", r.n_rows, c.ffn_dim)
+        normed = self._normed(r, layer.ffn_norm, x)
+        if layer.fused_act:
+            layer.gate_up.record(r, normed, hidden, act=c.arch.act)
+        else:
+            both = r.scratch("gate and up", r.n_rows, 2 * c.ffn_dim)
+            layer.gate_up.record(r, normed, both)
+            r.gated(both, hidden, c.arch.act)
+        self._add(r, layer.ffn_down, hidden, layer.ffn_post_norm, x)
+
+    def _normed(self, r: Recorder, weight: Tensor | None, x: Tensor) -> Tensor:
+        if weight is None:
+            return x
+        normed = r.scratch("normed", *x.shape)
+        r.rmsnorm(x, weight, normed, self.config.norm_eps)
+        return normed
+
+    def _add(self, r: Recorder, linear: Linear, y: Tensor, post_norm: Tensor | None, x: Tensor) -> None:
+        """x += scale * linear(y), normed first where there is a post norm."""
+        c = self.config
+        if post_norm is None:
+            linear.record(r, y, x, residual=True, scale=c.residual_scale)
+            return
+        added = r.scratch("added", *x.shape)
+        linear.record(r, y, added, scale=c.residual_scale)
+        r.rmsnorm(added, post_norm, x, c.norm_eps, residual=True)
 
     def _layer(self, i: int) -> Layer:
         c, at = self.config, f"blk.{i}."
         heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        gate_up, fused = self._gate_up(at)
+        gate_up, fused_act = self._gate_up(at)
+        pre, post = c.arch.norms in ("pre", "both"), c.arch.norms in ("post", "both")
+        qkv = {"attn_qkv": heads + 2 * kv} if c.arch.fused else {"attn_q": heads, "attn_k": kv, "attn_v": kv}
+        lengths = {"": None, "head": (c.head_dim, c.head_dim), "all": (heads, kv)}[c.arch.qk_norm]
         return Layer(
-            attn_norm=self._vector(at + "attn_norm.weight", c.dim),
-            qkv=self._linear(at, {"attn_q": heads, "attn_k": kv, "attn_v": kv}, c.dim),
+            attn_norm=self._vector(at + "attn_norm.weight", c.dim) if pre else None,
+            qkv=self._linear(at, qkv, c.dim),
+            qk_norm=lengths
+            and (
+                self._vector(at + "attn_q_norm.weight", lengths[0]),
+                self._vector(at + "attn_k_norm.weight", lengths[1]),
+            ),
             attn_output=self._linear(at, {"attn_output": c.dim}, heads),
-            ffn_norm=self._vector(at + "ffn_norm.weight", c.dim),
+            attn_post_norm=self._vector(at + "post_attention_norm.weight", c.dim) if post else None,
+            ffn_norm=self._vector(at + "ffn_norm.weight", c.dim) if pre else None,
             gate_up=gate_up,
-            fused_act=fused,
+            fused_act=fused_act,
             ffn_down=self._linear(at, {"ffn_down": c.dim}, c.ffn_dim),
+            ffn_post_norm=self._vector(at + "post_ffw_norm.weight", c.dim) if post else None,
         )
 
     def _gate_up(self, at: str) -> tuple[Linear, bool]:
         c = self.config
-        names = {"ffn_gate": c.ffn_dim, "ffn_up": c.ffn_dim}
-        formats = {self._info(f"{at}{name}.weight", c.ffn_dim, c.dim).format for name in names}
+        names = {"ffn_up": 2 * c.ffn_dim} if c.arch.fused else {"ffn_gate": c.ffn_dim, "ffn_up": c.ffn_dim}
+        formats = {self._info(f"{at}{name}.weight", n, c.dim).format for name, n in names.items()}
         has_bias = any(f"{at}{name}.bias" in self._gguf.tensors for name in names)
         fits = rows_per_shard(self._device, self._stored(formats.copy().pop()), c.dim) >= 2 * c.ffn_dim
         return self._linear(at, names, c.dim), len(formats) == 1 and fits and not has_bias
@@ -192,19 +242,23 @@ class Transformer:
 
 def check_tensors(config: ModelConfig, gguf: GGUFFile) -> None:
     """Refuse tensors that the shared block would ignore: the model would run and talk nonsense."""
-    known = {"token_embd.weight", "output.weight", "output_norm.weight", "rope_freqs.weight"}
-    of_layer = {"attn_norm.weight", "ffn_norm.weight"}
-    of_layer |= {f"{name}.{kind}" for name in BIAS_OK for kind in ("weight", "bias")}
     for name in gguf.tensors:
         head, _, rest = name.partition(".")
         layer, _, part = rest.partition(".")
-        if name in known or part == "rope_freqs.weight" or part == "attn_rot_embd.weight":
+        if name in OF_MODEL or part in IGNORED:
             continue
-        if head != "blk" or part not in of_layer:
+        if head != "blk" or part.rpartition(".")[0] not in _layer_tensors(config):
             raise UnsupportedError(
                 f"tensor {name!r} is not one that the {config.architecture} architecture has here"
             )
         if not layer.isdecimal() or int(layer) >= config.n_layers:
-            raise FormatError(
-                f"tensor {name!r} is of a layer beyond {config.architecture}.block_count {config.n_layers}"
-            )
+            raise FormatError(f"tensor {name!r} is of a layer beyond block_count {config.n_layers}")
+
+
+def _layer_tensors(config: ModelConfig) -> set[str]:
+    arch = config.arch
+    names = {"attn_output", "ffn_up", "ffn_down"}
+    names |= {"attn_qkv"} if arch.fused else {"attn_q", "attn_k", "attn_v", "ffn_gate"}
+    names |= {"attn_norm", "ffn_norm"} if arch.norms != "post" else set()
+    names |= {"post_attention_norm", "post_ffw_norm"} if arch.norms != "pre" else set()
+    return names | ({"attn_q_norm", "attn_k_norm"} if arch.qk_norm else set())

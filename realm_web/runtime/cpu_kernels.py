@@ -106,7 +106,21 @@ def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
         to = rows = np.arange(int(step[st.N_ROWS]))
     x = x[rows]
     scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True, dtype=np.float32) + np.float32(c["eps"]))
-    out[to] = x * scale * weight
+    normed = x * scale * weight
+    out[to] = out[to] + normed if c["residual"] else normed
+
+
+@twin
+def qk_norm(c: dict, views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    step, qkv, weights = v.u32(), v.f32(-1, c["stride"]), (v.f32(c["len_q"]), v.f32(c["len_k"]))
+    n = int(step[st.N_ROWS])
+    start = 0
+    for n_slices, length, weight in zip((c["n_q"], c["n_k"]), (c["len_q"], c["len_k"]), weights, strict=True):
+        x = qkv[:n, start : start + n_slices * length].reshape(n, n_slices, length)
+        scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(c["eps"]))
+        qkv[:n, start : start + n_slices * length] = (x * scale * weight).reshape(n, -1)
+        start += n_slices * length
 
 
 @twin
@@ -116,11 +130,14 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     weight = v.weight(c["fmt"], n * (2 if c["act"] else 1), k)
     m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
     y = x[:m] @ weight.T  # (m, n)
-    if c["act"] == "silu_mul":
-        y = _silu(y[:, :n]) * y[:, n:]
+    if c["act"]:
+        y = ACTIVATIONS[c["act"]](y[:, :n]) * y[:, n:]
     columns = slice(c["out_offset"], c["out_offset"] + n)
     if c["bias"]:
         y = y + v.f32()[columns]
+    y = y * np.float32(c["scale"])
+    if c["softcap"]:
+        y = _softcap(y, c["softcap"])
     out = v.f32(-1, c["out_stride"])[:m, columns]
     out[...] = out + y if c["residual"] else y
 
@@ -131,11 +148,11 @@ def matmul(c: dict, views: list[np.ndarray]) -> None:
 
 
 @twin
-def silu_mul(c: dict, views: list[np.ndarray]) -> None:
+def gated(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim = Views(views), c["st"], c["dim"]
     step, x, out = v.u32(), v.f32(-1, 2 * dim), v.f32(-1, dim)
     n = int(step[st.N_ROWS])
-    out[:n] = _silu(x[:n, :dim]) * x[:n, dim:]
+    out[:n] = ACTIVATIONS[c["act"]](x[:n, :dim]) * x[:n, dim:]
 
 
 @twin
@@ -151,7 +168,9 @@ def rope_store(c: dict, views: list[np.ndarray]) -> None:
     angle = phase.astype(np.float32) * np.float32(1.4629180792671596e-9)  # (n, rot / 2)
     cos, sin = (f(angle)[:, None, :] * np.float32(c["magnitude"]) for f in (np.cos, np.sin))
     heads = qkv[:n, : n_heads + n_kv].copy()
-    if c["neox"]:
+    if rot == 0:
+        pass
+    elif c["neox"]:
         a, b = heads[..., : rot // 2].copy(), heads[..., rot // 2 : rot].copy()
         heads[..., : rot // 2], heads[..., rot // 2 : rot] = a * cos - b * sin, b * cos + a * sin
     else:
@@ -159,7 +178,7 @@ def rope_store(c: dict, views: list[np.ndarray]) -> None:
         heads[..., 0:rot:2], heads[..., 1:rot:2] = a * cos - b * sin, b * cos + a * sin
     q[:n] = heads[:, :n_heads]
     seqs = step[st.row_seqs : st.row_seqs + n]
-    blocks = step[st.tables + seqs * st.max_blocks + positions // c["block_size"]]
+    blocks = _blocks_of(c, step, seqs, positions // c["block_size"])
     places = positions % c["block_size"]
     k[blocks, :, places] = heads[:, n_heads:]
     values[blocks, :, places] = qkv[:n, n_heads + n_kv :]
@@ -172,6 +191,7 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
     splits, group = c["splits"], n_heads // n_kv
     step, q = v.u32(), v.f32(-1, n_heads, hd)
     k, values = (v.f16(-1, n_kv, size, hd) for _ in range(2))
+    sinks = v.f32(n_heads).reshape(n_kv, group) if c["sinks"] else None
     out = v.f32(-1, n_heads, hd) if splits == 1 else v.f32(-1, n_heads, splits, hd + 2)
     n = int(step[st.N_ROWS])
     row_seqs = step[st.row_seqs : st.row_seqs + n]
@@ -179,7 +199,7 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
     for seq in np.unique(row_seqs):
         rows = np.flatnonzero(row_seqs == seq)
         length = int(positions[rows].max()) + 1
-        table = step[st.tables + seq * st.max_blocks :][: -(-length // size)]
+        table = _blocks_of(c, step, seq, np.arange(-(-length // size)))
         # (n_kv, length, head_dim)
         keys, vals = (
             pages[table].transpose(1, 0, 2, 3).reshape(n_kv, -1, hd)[:, :length].astype(np.float32)
@@ -187,22 +207,32 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
         )
         queries = q[rows].reshape(len(rows), n_kv, group, hd).transpose(1, 0, 2, 3)  # (n_kv, rows, group, hd)
         scores = np.einsum("krgd,kpd->krgp", queries, keys, optimize=True) * np.float32(c["scale"])
+        if c["softcap"]:
+            scores = _softcap(scores, c["softcap"])
         visible = np.arange(length)[None, :] <= positions[rows][:, None]
+        if c["window"]:
+            visible &= np.arange(length)[None, :] > positions[rows][:, None] - c["window"]
         scores = np.where(visible[None, :, None, :], scores, -np.inf)
         if splits == 1:
-            probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            probs /= probs.sum(axis=-1, keepdims=True)
+            top = scores.max(axis=-1, keepdims=True)
+            if sinks is not None:
+                top = np.maximum(top, sinks[:, None, :, None])
+            probs = np.exp(scores - top)
+            total = probs.sum(axis=-1, keepdims=True)
+            probs /= total if sinks is None else total + np.exp(sinks[:, None, :, None] - top)
             result = np.einsum("krgp,kpd->krgd", probs, vals, optimize=True)
             out[rows] = result.transpose(1, 0, 2, 3).reshape(len(rows), n_heads, hd)
             continue
         for i, row in enumerate(rows):
             end, wg = int(positions[row]) + 1, c["wg"]
-            share = -(-end // (splits * wg)) * wg
+            start = max(end - c["window"], 0) // size * size if c["window"] else 0
+            share = -(-(end - start) // (splits * wg)) * wg
             for s in range(splits):
-                part = scores[:, i, :, s * share : min((s + 1) * share, end)]  # (n_kv, group, here)
+                here = slice(start + s * share, min(start + (s + 1) * share, end))
+                part = scores[:, i, :, here]  # (n_kv, group, here)
                 top = part.max(axis=-1, initial=-1e30)
                 probs = np.exp(part - top[..., None])
-                sums = np.einsum("kgp,kpd->kgd", probs, vals[:, s * share : min((s + 1) * share, end)])
+                sums = np.einsum("kgp,kpd->kgd", probs, vals[:, here])
                 out[row, :, s, :hd] = sums.reshape(n_heads, hd)
                 out[row, :, s, hd] = top.reshape(-1)
                 out[row, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
@@ -211,11 +241,18 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
 @twin
 def attention_merge(c: dict, views: list[np.ndarray]) -> None:
     v, st, hd = Views(views), c["st"], c["head_dim"]
-    step, parts, out = v.u32(), v.f32(-1, c["n_heads"], c["splits"], hd + 2), v.f32(-1, c["n_heads"], hd)
+    step, parts = v.u32(), v.f32(-1, c["n_heads"], c["splits"], hd + 2)
+    sinks = v.f32(c["n_heads"]) if c["sinks"] else None
+    out = v.f32(-1, c["n_heads"], hd)
     n = int(step[st.N_ROWS])
-    weight = np.exp(parts[:n, :, :, hd] - parts[:n, :, :, hd].max(axis=2, keepdims=True))
-    total = np.einsum("rhs,rhsd->rhd", weight, parts[:n, :, :, :hd])
-    out[:n] = total / (weight * parts[:n, :, :, hd + 1]).sum(axis=2)[..., None]
+    top = parts[:n, :, :, hd].max(axis=2, keepdims=True)
+    if c["sinks"]:
+        top = np.maximum(top, sinks[None, :, None])
+    weight = np.exp(parts[:n, :, :, hd] - top)
+    sums = (weight * parts[:n, :, :, hd + 1]).sum(axis=2)
+    if c["sinks"]:
+        sums = sums + np.exp(sinks[None, :] - top[..., 0])
+    out[:n] = np.einsum("rhs,rhsd->rhd", weight, parts[:n, :, :, :hd]) / sums[..., None]
 
 
 @twin
@@ -312,6 +349,27 @@ def stream_read(c: dict, views: list[np.ndarray]) -> None:
 def _silu(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, -0
         return x / (1 + np.exp(-x))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return (
+        np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)))
+    )
+
+
+ACTIVATIONS = {"silu_mul": _silu, "gelu_mul": _gelu}
+
+
+def _softcap(x: np.ndarray, cap: float) -> np.ndarray:
+    return np.tanh(x / np.float32(cap)) * np.float32(cap)
+
+
+def _blocks_of(c: dict, step: np.ndarray, seqs: Any, index: np.ndarray) -> np.ndarray:
+    """The pages that hold blocks `index` of sequences: by their tables, or in the ring of their slots."""
+    st = c["st"]
+    if c["ring"]:
+        return step[st.seqs + seqs * st.SEQ_WORDS + st.SLOT] * c["ring"] + index % c["ring"]
+    return step[st.tables + seqs * st.max_blocks + index]
 
 
 def _records(step: np.ndarray, st: Any, word: int) -> np.ndarray:

@@ -3,7 +3,10 @@
 // step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim) f16;
 // out (n_rows, n_heads * head_dim) f32, or with splits > 1 the unmerged parts
 //     (n_rows, n_heads, splits, head_dim + 2) f32: sums, then maximum and denominator (Flash-Decoding)
-// constants: n_heads, n_kv, head_dim, block_size, scale, qt, splits, wg, subgroup, st
+// [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
+// With `ring` the pages are those of rope_store's ring. `window`: a row sees so many positions up to its own (0: all).
+// `softcap`: scores become tanh(s / softcap) * softcap.
+// constants: n_heads, n_kv, head_dim, block_size, scale, softcap, window, ring, sinks, qt, splits, wg, subgroup, st
 // grid: (tiles, n_kv, splits)
 # set group = n_heads // n_kv
 # set nq = qt * group
@@ -17,9 +20,20 @@
 {{ bind("q", "vec4<f32>") }}
 {{ bind("k", "vec4<u32>") }}
 {{ bind("v", "u32") }}
+# if sinks
+{{ bind("sinks", "f32") }}
+# endif
 {{ bind("out", "vec2<f32>", "read_write") }}
 
 const NEVER = -1e30;
+
+fn block_of(p: u32, table: u32) -> u32 {
+  # if ring
+  return table + p / {{ block_size }}u % {{ ring }}u;
+  # else
+  return step[table + p / {{ block_size }}u];
+  # endif
+}
 
 var<workgroup> qs: array<vec4<f32>, {{ nq * head_dim // 4 }}>;
 var<workgroup> probs: array<f32, {{ nq * wg }}>;
@@ -46,15 +60,24 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let count = tile >> 16u;
   # endif
   let seq = step[{{ st.row_seqs }}u + row0];
+  # if ring
+  let table = step[{{ st.seqs }}u + seq * {{ st.SEQ_WORDS }}u + {{ st.SLOT }}u] * {{ ring }}u;
+  # else
   let table = {{ st.tables }}u + seq * {{ st.max_blocks }}u;
+  # endif
   let position0 = step[{{ st.positions }}u + row0];
   let end = position0 + count;
+  # if window
+  let start = (max(position0 + 1u, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
+  # else
+  let start = 0u;
+  # endif
   # if splits > 1
-  let share = (end + {{ splits * wg - 1 }}u) / {{ splits * wg }}u * {{ wg }}u;
-  let low = wid.z * share;
+  let share = (end - start + {{ splits * wg - 1 }}u) / {{ splits * wg }}u * {{ wg }}u;
+  let low = start + wid.z * share;
   let high = min(low + share, end);
   # else
-  let low = 0u;
+  let low = start;
   let high = end;
   # endif
 
@@ -81,7 +104,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     var s{{ n }} = 0.0;
     # endfor
     if (p < high) {
-      let block = step[table + p / {{ block_size }}u];
+      let block = block_of(p, table);
       let at = ((block * {{ n_kv }}u + wid.y) * {{ block_size }}u + p % {{ block_size }}u) * {{ head_dim // 8 }}u;
       for (var i = 0u; i < {{ head_dim // 8 }}u; i++) {
         let kk = k[at + i];
@@ -93,7 +116,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       }
     }
     # for n in range(nq)
-    s{{ n }} = select(NEVER, s{{ n }}, p < high && p <= position0 + {{ n // group }}u);
+    # if softcap
+    s{{ n }} = tanh(clamp(s{{ n }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+    # endif
+    # set seen = "p <= position0 + %du" % (n // group)
+    # set near = " && p + %du > position0 + %du" % (window, n // group) if window else ""
+    s{{ n }} = select(NEVER, s{{ n }}, p < high && {{ seen }}{{ near }});
     # endfor
 
     # if subgroup
@@ -139,7 +167,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     if (part < {{ pg }}u) {
       let n_here = min({{ wg }}u, high - p0);
       for (var t0 = part * {{ block_size }}u; t0 < n_here; t0 += {{ pg * block_size }}u) {
-        let block = step[table + (p0 + t0) / {{ block_size }}u];
+        let block = block_of(p0 + t0, table);
         let at = (block * {{ n_kv }}u + wid.y) * {{ block_size * vp }}u;
         for (var t = 0u; t < min({{ block_size }}u, n_here - t0); t++) {
           # for j in range(pp)
@@ -188,9 +216,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   if ({{ n // group }}u < count) {
     let head = (row0 + {{ n // group }}u) * {{ n_heads }}u + wid.y * {{ group }}u + {{ n % group }}u;
     # if splits == 1
+    # if sinks
+    let sink = sinks[wid.y * {{ group }}u + {{ n % group }}u];
+    let highest = max(top{{ n }}, sink);
+    let keep = exp(top{{ n }} - highest);
+    sum{{ n }} = sum{{ n }} * keep + exp(sink - highest);
+    # endif
     # for j in range(pp)
     if (pair + {{ j * wg }}u < {{ vp }}u) {
-      out[head * {{ vp }}u + pair + {{ j * wg }}u] = acc{{ n }}_{{ j }} / sum{{ n }};
+      out[head * {{ vp }}u + pair + {{ j * wg }}u] = acc{{ n }}_{{ j }}{{ " * keep" if sinks }} / sum{{ n }};
     }
     # endfor
     # else

@@ -23,6 +23,6 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   }
   let v = w_decode((token - {{ first_row }}u) * {{ dim // 32 }}u + chunk);
   # for i in range(8)
-  out[id.x * 8u + {{ i }}u] = v[{{ i }}] * {{ "%.9g" % scale }}{{ ".0" if scale == scale|int }};
+  out[id.x * 8u + {{ i }}u] = v[{{ i }}] * {{ "%.9g" % scale }};
   # endfor
 }

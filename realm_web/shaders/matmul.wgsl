@@ -2,9 +2,10 @@
 // into workgroup memory; each of 256 threads keeps bm/16 x 4 sums in registers.
 // step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
 // out (n_rows, out_stride) f32, which is added to with `residual`
-// act "silu_mul": a tile holds 32 gate rows and their 32 up rows.
-// constants: fmt, k, n, act, bias, residual, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (tiles in half)
+// act "silu_mul", "gelu_mul": a tile holds 32 gate rows and their 32 up rows.
+// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (tiles in half)
 // grid: (ceil(n / (32 if act else 64)), ceil(n_rows / bm), 1)
+# import "lib/epilogue.wgsl" as epilogue
 # set t = "f16" if f16 else "f32"
 # set rm = bm // 16
 # set bn = 32 if act else 64
@@ -12,32 +13,10 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
 {{ weight("w", fmt) }}
-# if bias
-{{ bind("bias", "f32") }}
-# endif
-{{ bind("out", "f32", "read_write") }}
+{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_ROWS) }}
 
 var<workgroup> xs: array<{{ t }}, {{ 32 * bm }}>;  // (k, m)
 var<workgroup> ws: array<{{ t }}, 2048>;  // (k, n)
-
-fn store(m: u32, n: u32, first: f32, second: f32) {
-  if (n >= {{ n }}u || m >= step[{{ st.N_ROWS }}]) {
-    return;
-  }
-  let at = m * {{ out_stride }}u + {{ out_offset }}u + n;
-  # if act == "silu_mul"
-  var v = first / (1.0 + exp(-first)) * second;
-  # else
-  var v = first;
-  # endif
-  # if bias
-  v += bias[{{ out_offset }}u + n];
-  # endif
-  # if residual
-  v += out[at];
-  # endif
-  out[at] = v;
-}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {

@@ -1,10 +1,11 @@
 // out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for a few rows m: `lanes` threads share one weight row.
 // step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
 // out (n_rows, out_stride) f32, which is added to with `residual`
-// act "silu_mul": out = silu(w[n] . x) * (w[n_total + n] . x): gate rows first, then up rows.
-// constants: fmt, k, n, act, bias, residual, out_stride, out_offset, per_seq (rows are sequences, not tokens), st;
+// act "silu_mul", "gelu_mul": the epilogue's first value is w[n] . x (gate), its second w[n_total + n] . x (up).
+// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens), st;
 // tuning: m_tile rows of x at a time; lanes per weight row; rows per lane group; wg threads; subgroup size or 0
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
+# import "lib/epilogue.wgsl" as epilogue
 # set groups = wg // lanes
 # set n_acc = rows * m_tile * (2 if act else 1)
 # set in_subgroup = subgroup and lanes <= subgroup
@@ -14,33 +15,11 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
 {{ weight("w", fmt) }}
-# if bias
-{{ bind("bias", "f32") }}
-# endif
-{{ bind("out", "f32", "read_write") }}
+{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_SEQS if per_seq else st.N_ROWS) }}
 
 # if lanes > 1 and not in_subgroup
 var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 # endif
-
-fn store(m: u32, n: u32, first: f32, second: f32) {
-  if (n >= {{ n }}u || m >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]) {
-    return;
-  }
-  let at = m * {{ out_stride }}u + {{ out_offset }}u + n;
-  # if act == "silu_mul"
-  var v = first / (1.0 + exp(-first)) * second;
-  # else
-  var v = first;
-  # endif
-  # if bias
-  v += bias[{{ out_offset }}u + n];
-  # endif
-  # if residual
-  v += out[at];
-  # endif
-  out[at] = v;
-}
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {

@@ -1,7 +1,7 @@
-// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, added to out with `residual`
 // step;  x (n_rows, dim) f32;  weight (dim,) f32;  out (n_rows, dim) f32
 // With `gather`, row r of the output is the row of x from which sequence r draws a token (0 where it draws none).
-// constants: dim, eps, gather, wg, subgroup, st;  grid: (n_rows, 1, 1)
+// constants: dim, eps, gather, residual, wg, subgroup, st;  grid: (n_rows, 1, 1)
 # import "lib/reduce.wgsl" as lib
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
@@ -35,6 +35,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   let scale = inverseSqrt(sum(squares, lid) / {{ dim }}.0 + {{ "%.9g" % eps }});
   for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
-    out[wid.x * {{ dim // 4 }}u + i] = x[base + i] * scale * weight[i];
+    let at = wid.x * {{ dim // 4 }}u + i;
+    out[at] = {{ "out[at] + " if residual }}x[base + i] * scale * weight[i];
   }
 }

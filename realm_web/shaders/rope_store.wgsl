@@ -2,7 +2,9 @@
 // step;  qkv (n_rows, (n_heads + 2 * n_kv) * head_dim) f32;  turns (rot_dim / 2,) u32: turns per position as a fraction
 // of 2^32;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim / 2) u32
 // The phase is an integer product that wraps at whole turns, so no precision is lost at far positions.
-// constants: n_heads, n_kv, head_dim, rot_dim, neox, magnitude (YaRN's factor on cos and sin), block_size, st
+// With `ring` the pages are (max_seqs, ring, n_kv, block_size, head_dim / 2): each slot has `ring` blocks of its own and
+// writes them round and round, for layers with a sliding window. rot_dim 0: no rotation.
+// constants: n_heads, n_kv, head_dim, rot_dim, neox, magnitude (YaRN's factor on cos and sin), block_size, ring, st
 // grid: (ceil((n_heads + 2 * n_kv) * head_dim / 2 / 64), n_rows, 1)
 {{ bind("step", "u32") }}
 {{ bind("qkv", "f32") }}
@@ -16,6 +18,9 @@
 // Element d of the rotated head that starts at `base`.
 fn rotated(base: u32, d: u32, position: u32) -> f32 {
   let value = qkv[base + d];
+  # if rot_dim == 0
+  return value;
+  # else
   # if rot_dim < head_dim
   if (d >= {{ rot_dim }}u) {
     return value;
@@ -32,7 +37,8 @@ fn rotated(base: u32, d: u32, position: u32) -> f32 {
   # endif
   let angle = f32(bitcast<i32>(position * turns[i])) * 1.4629180792671596e-9;  // 2 pi / 2^32
   let rotated_other = select(-other, other, second);
-  return (value * cos(angle) + rotated_other * sin(angle)) * {{ "%.9g" % magnitude }}{{ ".0" if magnitude == magnitude|int }};
+  return (value * cos(angle) + rotated_other * sin(angle)) * {{ "%.9g" % magnitude }};
+  # endif
 }
 
 @compute @workgroup_size(64)
@@ -56,7 +62,12 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     return;
   }
   let seq = step[{{ st.row_seqs }}u + row];
+  # if ring
+  let slot = step[{{ st.seqs }}u + seq * {{ st.SEQ_WORDS }}u + {{ st.SLOT }}u];
+  let block = slot * {{ ring }}u + position / {{ block_size }}u % {{ ring }}u;
+  # else
   let block = step[{{ st.tables }}u + seq * {{ st.max_blocks }}u + position / {{ block_size }}u];
+  # endif
   let kv_head = (head - {{ n_heads }}u) % {{ n_kv }}u;
   let at = ((block * {{ n_kv }}u + kv_head) * {{ block_size }}u + position % {{ block_size }}u) * {{ pairs }}u + pair;
   if (head < {{ n_heads + n_kv }}u) {

@@ -1,0 +1,33 @@
+{# What follows a matrix product: out = softcap(scale * (act(first, second) + bias)), added to `out` with residual. #}
+# import "lib/act.wgsl" as acts
+# macro store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count)
+# if bias
+{{ bind("bias", "f32") }}
+# endif
+{{ bind("out", "f32", "read_write") }}
+
+fn store(m: u32, n: u32, first: f32, second: f32) {
+  if (n >= {{ n }}u || m >= step[{{ count }}]) {
+    return;
+  }
+  let at = m * {{ out_stride }}u + {{ out_offset }}u + n;
+  # if act
+  var v = {{ acts.gated(act, "first", "second") }};
+  # else
+  var v = first;
+  # endif
+  # if bias
+  v += bias[{{ out_offset }}u + n];
+  # endif
+  # if scale != 1.0
+  v *= {{ "%.9g" % scale }};
+  # endif
+  # if softcap
+  v = tanh(clamp(v / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+  # endif
+  # if residual
+  v += out[at];
+  # endif
+  out[at] = v;
+}
+# endmacro

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from realm_web.chat import ChatTemplate
 from realm_web.errors import DeviceError, FormatError, RealmError, RequestError
@@ -154,6 +155,7 @@ class Engine:
         context: int | None = None,
         max_seqs: int = MAX_SEQS,
         max_rows: int = MAX_ROWS,
+        kv_type: Literal["f16", "f32"] = "f16",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Load a GGUF model onto a device.
@@ -188,7 +190,7 @@ class Engine:
                     f"give 1 to 64 sequences and as many rows, up to {MAX_ROWS}"
                 )
             opened = device if isinstance(device, Device) else await open_device(device)
-            sizes = {"context": context, "max_seqs": max_seqs, "max_rows": max_rows}
+            sizes = {"context": context, "max_seqs": max_seqs, "max_rows": max_rows, "kv_type": kv_type}
             return await cls._load(source, gguf, opened, config, tokenizer, template, sizes, on_progress)
         finally:
             source.close()
@@ -196,7 +198,7 @@ class Engine:
     @classmethod
     async def _load(
         cls, source: Source, gguf: GGUFFile, device: Device, config: ModelConfig, tokenizer: Tokenizer,
-        template: ChatTemplate, sizes: dict[str, int], on_progress: Callable[[Progress], None] | None,
+        template: ChatTemplate, sizes: dict[str, Any], on_progress: Callable[[Progress], None] | None,
     ) -> Engine:  # fmt: skip
         def report(stage: str, label: str) -> Callable[[int, int], None] | None:
             if on_progress is None:

@@ -91,9 +91,17 @@ class BlockPool:
 
 
 def alloc_pages(
-    device: Device, n_kv_heads: int, head_dim: int, n_blocks: int, block_size: int, *, ring: int = 0, max_seqs: int = 0
-) -> Pages:  # fmt: skip
-    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many for each slot."""
+    device: Device,
+    n_kv_heads: int,
+    head_dim: int,
+    *,
+    n_blocks: int,
+    block_size: int,
+    dtype: str,
+    ring: int,
+    max_seqs: int,
+) -> Pages:
+    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many for each slot. dtype: f16 or f32."""
     shape = (ring * max_seqs or n_blocks, n_kv_heads, block_size, head_dim)
-    k, v = (Tensor.alloc(device, shape, "f16", "KV cache") for _ in range(2))
+    k, v = (Tensor.alloc(device, shape, dtype, "KV cache") for _ in range(2))
     return Pages(k, v, ring)

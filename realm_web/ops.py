@@ -60,7 +60,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Pages:
-    """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) f16 each.
+    """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) each, f16 or f32.
 
     With a ring, each slot has `ring` blocks of its own and writes them round and round; the block tables do not count.
     """
@@ -184,7 +184,7 @@ class Recorder:
         n_kv, block_size, head_dim = pages.k.shape[1:]
         kernel = self.device.kernel(
             "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rope.dim, neox=rope.neox,
-            magnitude=rope.magnitude, block_size=block_size, ring=pages.ring, st=self.layout,
+            magnitude=rope.magnitude, block_size=block_size, kv=pages.k.dtype, ring=pages.ring, st=self.layout,
         )  # fmt: skip
         threads = (n_heads + 2 * n_kv) * head_dim // 2
         self._add(kernel, (self.step, qkv, rope.turns, q, pages.k, pages.v), (-(-threads // 64), self.n_rows))
@@ -208,7 +208,7 @@ class Recorder:
             parts = self.scratch("attention parts", self.n_rows, n_heads, self.splits, head_dim + 2)
         kernel = self.device.kernel(
             "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale,
-            softcap=softcap, window=window, ring=pages.ring, sinks=bool(extra) and self.splits == 1, qt=self.qt,
+            softcap=softcap, window=window, kv=pages.k.dtype, ring=pages.ring, sinks=bool(extra) and self.splits == 1, qt=self.qt,
             splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
         )  # fmt: skip
         tiles = max_tiles(self.n_rows, self.n_seqs, self.qt)

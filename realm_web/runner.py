@@ -51,11 +51,12 @@ class Runner:
         context: int,
         max_seqs: int,
         max_rows: int,
+        kv_type: str = "f16",
         ropes: Sequence[RopeTable],
     ):
         self.device, self.model = device, model
         config = model.config
-        self.max_rows = max_rows
+        self.max_rows, self.kv_type = max_rows, kv_type
         self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
         n_blocks = -(-context // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks, BLOCK_SIZE)
@@ -152,8 +153,8 @@ class Runner:
         if not window or ring * self.layout.max_seqs >= n_blocks:
             ring = 0
         return alloc_pages(
-            self.device, config.n_kv_heads, config.head_dim, n_blocks, BLOCK_SIZE, ring=ring,
-            max_seqs=self.layout.max_seqs,
+            self.device, config.n_kv_heads, config.head_dim, n_blocks=n_blocks, block_size=BLOCK_SIZE,
+            dtype=self.kv_type, ring=ring, max_seqs=self.layout.max_seqs,
         )  # fmt: skip
 
     def _rope(self, table: RopeTable) -> Rope:

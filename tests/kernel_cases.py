@@ -322,13 +322,19 @@ def rope_cases() -> Iterator[Case]:
 
         consts = {
             "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "rot_dim": rot, "neox": neox,
-            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "st": ST,
+            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "kv": "f16", "st": ST,
         }  # fmt: skip
         grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
         name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}{' ring' * bool(ring)}"
         # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
         yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
         yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")
+
+        def wide(rng, tensors=tensors):
+            given = tensors(rng)
+            return [*given[:4], *(page.astype(np.float32) for page in given[4:])]
+
+        yield Case(name + " f32", "rope_store", consts | {"kv": "f32"}, wide, (4, 5), grid, 2e-5)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -344,6 +350,7 @@ def attention_cases() -> Iterator[Case]:
         (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {"window": 20, "sinks": True}),
         (4, 2, 64, 1, 3, [(250, 1), (3, 1)], {"window": 100, "ring": 8, "sinks": True}),
         (4, 2, 64, 2, 1, [(150, 9), (3, 2)], {"window": 33, "ring": 4}),
+        (4, 2, 64, 2, 1, [(50, 9), (3, 2)], {"kv": "f32"}),
     )
     for n_heads, n_kv, hd, qt, splits, seqs, more in shapes:
         for subgroup in (0, -1):
@@ -351,9 +358,9 @@ def attention_cases() -> Iterator[Case]:
 
             def tensors(
                 rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows,
-                sinks="sinks" in more and splits == 1,
+                sinks="sinks" in more and splits == 1, kv=np.float32 if "kv" in more else np.float16,
             ):  # fmt: skip
-                pages = [normal(rng, 64, n_kv, 16, hd).astype(np.float16) for _ in range(2)]
+                pages = [normal(rng, 64, n_kv, 16, hd).astype(kv) for _ in range(2)]
                 out = (n_rows, n_heads, splits, hd + 2) if splits > 1 else (n_rows, n_heads * hd)
                 step = step_words(seqs, rng=rng, qt=qt)
                 extra = [normal(rng, n_heads)] * sinks
@@ -368,7 +375,7 @@ def attention_cases() -> Iterator[Case]:
             consts = {
                 "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
                 "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
-                "window": 0, "softcap": 0.0, "ring": 0, **more, "sinks": "sinks" in more and splits == 1,
+                "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", **more, "sinks": "sinks" in more and splits == 1,
             }  # fmt: skip
             tiles = sum(-(-n // qt) for _, n in seqs)
             name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"

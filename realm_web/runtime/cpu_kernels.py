@@ -37,8 +37,9 @@ class Views:
     def u32(self, *shape: int) -> np.ndarray:
         return self._typed(np.uint32, shape)
 
-    def f16(self, *shape: int) -> np.ndarray:
-        return self._typed(np.float16, shape)
+    def kv(self, kind: str, *shape: int) -> np.ndarray:
+        """Pages of the KV cache: "f16" or "f32"."""
+        return self._typed({"f16": np.float16, "f32": np.float32}[kind], shape)
 
     def bytes(self) -> np.ndarray:
         return next(self._next)
@@ -161,7 +162,7 @@ def rope_store(c: dict, views: list[np.ndarray]) -> None:
     n_heads, n_kv, hd, rot = c["n_heads"], c["n_kv"], c["head_dim"], c["rot_dim"]
     step, qkv = v.u32(), v.f32(-1, n_heads + 2 * n_kv, hd)
     turns, q = v.u32()[: rot // 2], v.f32(-1, n_heads, hd)
-    k, values = (v.f16(-1, n_kv, c["block_size"], hd) for _ in range(2))
+    k, values = (v.kv(c["kv"], -1, n_kv, c["block_size"], hd) for _ in range(2))
     n = int(step[st.N_ROWS])
     positions = step[st.positions : st.positions + n]
     phase = (positions[:, None] * turns[None, :]).view(np.int32)  # wraps at whole turns
@@ -190,7 +191,7 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
     n_heads, n_kv, hd, size = c["n_heads"], c["n_kv"], c["head_dim"], c["block_size"]
     splits, group = c["splits"], n_heads // n_kv
     step, q = v.u32(), v.f32(-1, n_heads, hd)
-    k, values = (v.f16(-1, n_kv, size, hd) for _ in range(2))
+    k, values = (v.kv(c["kv"], -1, n_kv, size, hd) for _ in range(2))
     sinks = v.f32(n_heads).reshape(n_kv, group) if c["sinks"] else None
     out = v.f32(-1, n_heads, hd) if splits == 1 else v.f32(-1, n_heads, splits, hd + 2)
     n = int(step[st.N_ROWS])

@@ -1,12 +1,13 @@
 // Causal attention over the paged KV cache with online softmax (Dao et al., FlashAttention), one workgroup per
 // (tile of `qt` query rows, kv head, split of the context); all query heads of the group share the loads of K and V.
-// step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim) f16;
+// step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim) f16 or f32;
 // out (n_rows, n_heads * head_dim) f32, or with splits > 1 the unmerged parts
 //     (n_rows, n_heads, splits, head_dim + 2) f32: sums, then maximum and denominator (Flash-Decoding)
 // [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
 // With `ring` the pages are those of rope_store's ring. `window`: a row sees so many positions up to its own (0: all).
 // `softcap`: scores become tanh(s / softcap) * softcap.
-// constants: n_heads, n_kv, head_dim, block_size, scale, softcap, window, ring, sinks, qt, splits, wg, subgroup, st
+// `kv`: the cache holds f16 (two to a u32) or f32.
+// constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, qt, splits, wg, subgroup, st
 // grid: (tiles, n_kv, splits)
 # set group = n_heads // n_kv
 # set nq = qt * group
@@ -26,6 +27,15 @@
 {{ bind("out", "vec2<f32>", "read_write") }}
 
 const NEVER = -1e30;
+
+// The i-th pair of values.
+fn value_at(i: u32) -> vec2<f32> {
+  # if kv == "f16"
+  return unpack2x16float(v[i]);
+  # else
+  return bitcast<vec2<f32>>(vec2<u32>(v[2u * i], v[2u * i + 1u]));
+  # endif
+}
 
 fn block_of(p: u32, table: u32) -> u32 {
   # if ring
@@ -105,11 +115,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endfor
     if (p < high) {
       let block = block_of(p, table);
-      let at = ((block * {{ n_kv }}u + wid.y) * {{ block_size }}u + p % {{ block_size }}u) * {{ head_dim // 8 }}u;
+      let at = ((block * {{ n_kv }}u + wid.y) * {{ block_size }}u + p % {{ block_size }}u) * {{ head_dim // (8 if kv == "f16" else 4) }}u;
       for (var i = 0u; i < {{ head_dim // 8 }}u; i++) {
+        # if kv == "f16"
         let kk = k[at + i];
         let a = vec4<f32>(unpack2x16float(kk.x), unpack2x16float(kk.y));
         let b = vec4<f32>(unpack2x16float(kk.z), unpack2x16float(kk.w));
+        # else
+        let a = bitcast<vec4<f32>>(k[at + 2u * i]);
+        let b = bitcast<vec4<f32>>(k[at + 2u * i + 1u]);
+        # endif
         # for n in range(nq)
         s{{ n }} += dot(qs[{{ n * head_dim // 4 }}u + 2u * i], a) + dot(qs[{{ n * head_dim // 4 + 1 }}u + 2u * i], b);
         # endfor
@@ -172,9 +187,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         for (var t = 0u; t < min({{ block_size }}u, n_here - t0); t++) {
           # for j in range(pp)
           # if vp % wg and j == pp - 1
-          let v{{ j }} = unpack2x16float(v[at + t * {{ vp }}u + min(pair + {{ j * wg }}u, {{ vp - 1 }}u)]);
+          let v{{ j }} = value_at(at + t * {{ vp }}u + min(pair + {{ j * wg }}u, {{ vp - 1 }}u));
           # else
-          let v{{ j }} = unpack2x16float(v[at + t * {{ vp }}u + pair + {{ j * wg }}u]);
+          let v{{ j }} = value_at(at + t * {{ vp }}u + pair + {{ j * wg }}u);
           # endif
           # endfor
           # for n in range(nq)

@@ -1,10 +1,10 @@
-// Rotate q and k by their positions (RoPE), keep q, and store k and v as f16 pairs in the pages of the KV cache.
+// Rotate q and k by their positions (RoPE), keep q, and store k and v in the pages of the KV cache, as f16 pairs or f32 (`kv`).
 // step;  qkv (n_rows, (n_heads + 2 * n_kv) * head_dim) f32;  turns (rot_dim / 2,) u32: turns per position as a fraction
-// of 2^32;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim / 2) u32
+// of 2^32;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim)
 // The phase is an integer product that wraps at whole turns, so no precision is lost at far positions.
 // With `ring` the pages are (max_seqs, ring, n_kv, block_size, head_dim / 2): each slot has `ring` blocks of its own and
 // writes them round and round, for layers with a sliding window. rot_dim 0: no rotation.
-// constants: n_heads, n_kv, head_dim, rot_dim, neox, magnitude (YaRN's factor on cos and sin), block_size, ring, st
+// constants: n_heads, n_kv, head_dim, rot_dim, neox, magnitude (YaRN's factor on cos and sin), kv, block_size, ring, st
 // grid: (ceil((n_heads + 2 * n_kv) * head_dim / 2 / 64), n_rows, 1)
 {{ bind("step", "u32") }}
 {{ bind("qkv", "f32") }}
@@ -70,9 +70,14 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   # endif
   let kv_head = (head - {{ n_heads }}u) % {{ n_kv }}u;
   let at = ((block * {{ n_kv }}u + kv_head) * {{ block_size }}u + position % {{ block_size }}u) * {{ pairs }}u + pair;
-  if (head < {{ n_heads + n_kv }}u) {
-    k[at] = pack2x16float(value);
-  } else {
-    v[at] = pack2x16float(value);
+  # for name, test in (("k", "head < %du" % (n_heads + n_kv)), ("v", "head >= %du" % (n_heads + n_kv)))
+  if ({{ test }}) {
+    # if kv == "f16"
+    {{ name }}[at] = pack2x16float(value);
+    # else
+    {{ name }}[2u * at] = bitcast<u32>(value.x);
+    {{ name }}[2u * at + 1u] = bitcast<u32>(value.y);
+    # endif
   }
+  # endfor
 }

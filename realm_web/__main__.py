@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "complete or answer one prompt",
     "tokenize": "show the token ids of a text",
     "inspect": "show what a model file holds and whether it will run",
+    "quantize": "write a model again in a smaller type",
     "bench": "measure prompt processing and generation",
     "web": "serve the page on this machine",
     "doctor": "show which devices there are and which one is chosen",

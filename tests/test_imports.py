@@ -23,6 +23,8 @@ LEVELS = {
     "grids": 1,
     "dequant": 1,
     "quantize": 1,
+    "mixture": 1,
+    "ggufwriter": 1,
     "tokenizer": 1,
     "chat": 1,
     "runtime": 2,
@@ -35,6 +37,7 @@ LEVELS = {
     "scheduler": 5,
     "loader": 5,
     "sources": 5,
+    "convert": 5,
     "runner": 5,
     "engine": 5,
     "llm": 6,
@@ -53,14 +56,22 @@ THIRD_PARTY = {
     "js": ("runtime.browser",),
     "pyodide": ("runtime.browser",),
     "pyodide_js": ("runtime.browser",),
-    "numpy": ("runtime.cpu*", "dequant*", "quantize"),
+    "numpy": ("runtime.cpu*", "dequant*", "quantize", "convert"),
     "native": ("runtime.native",),
     "rich": ("cli*",),
     "huggingface_hub": ("sources",),
 }
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
-NATIVE_ONLY = ("runtime.webgpu", "runtime.cpu*", "runtime.native", "dequant*", "quantize", "sources")
+NATIVE_ONLY = (
+    "runtime.webgpu",
+    "runtime.cpu*",
+    "runtime.native",
+    "dequant*",
+    "quantize",
+    "sources",
+    "convert",
+)
 NOT_IN_A_PAGE = {
     "_thread",
     "concurrent",
@@ -165,7 +176,7 @@ def test_a_module_imports_only_what_its_level_allows(module):
         ("env", "import realm_web.errors", "level 0 imports nothing"),
         ("scheduler", "from . import engine as e\nfrom .cli import run", "of level 6 from level 5"),
         ("models.llama", "from ..scheduler import Batch", "of level 5 from level 4"),
-        ("ops", "import numpy as np", "which only runtime.cpu*, dequant*, quantize may"),
+        ("ops", "import numpy as np", "which only runtime.cpu*, dequant*, quantize, convert may"),
         ("engine", "def f():\n    import wgpu.utils", "which only runtime.webgpu may"),
         ("page", "from js import navigator", "which only runtime.browser may"),
         ("engine", "import threading", "a page does not have"),

@@ -156,6 +156,7 @@ class Engine:
         max_seqs: int = MAX_SEQS,
         max_rows: int = MAX_ROWS,
         kv_type: Literal["f16", "f32"] = "f16",
+        cpu_dequant: bool | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Load a GGUF model onto a device.
@@ -190,6 +191,7 @@ class Engine:
                     f"give 1 to 64 sequences and as many rows, up to {MAX_ROWS}"
                 )
             opened = device if isinstance(device, Device) else await open_device(device)
+            _choose_dense(opened, gguf, cpu_dequant)
             sizes = {"context": context, "max_seqs": max_seqs, "max_rows": max_rows, "kv_type": kv_type}
             return await cls._load(source, gguf, opened, config, tokenizer, template, sizes, on_progress)
         finally:
@@ -388,6 +390,14 @@ async def _rope_tables(source: Source, gguf: GGUFFile, config: ModelConfig, cont
         for i, rope in enumerate(config.ropes)
     ]
     return [*tables, RopeTable((), 1.0)]
+
+
+def _choose_dense(device: Device, gguf: GGUFFile, wanted: bool | None) -> None:
+    """Drop the feature "dense" of a CPU device where float32 weights are not wanted, or would not fit well."""
+    if wanted is None:
+        wanted = 4 * sum(info.n_elements for info in gguf.tensors.values()) <= device.limits.memory // 2
+    if not wanted:
+        device.features -= {"dense"}
 
 
 def _check_context(context: int | None, config: ModelConfig) -> int:

@@ -1,10 +1,12 @@
 """The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py`.
 
-Weights are dequantised at load (`features` holds "dense"), so that every product is one BLAS call.
+With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but four bytes
+a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -28,8 +30,19 @@ def info() -> AdapterInfo:
         backend="numpy",
         adapter_type="CPU",
         features=frozenset({"dense"}),
-        limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4),
+        limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4, _available_memory()),
     )
+
+
+def _available_memory() -> int:
+    """Bytes that programs can still have on this machine; 0 where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def _processor() -> str:

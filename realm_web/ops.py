@@ -70,6 +70,15 @@ class Pages:
     ring: int
 
 
+@dataclass(frozen=True)
+class State:
+    """What a layer with a short convolution keeps of each slot's sequence: its last `length` values, (length, dim) f32."""
+
+    values: View
+    length: int
+    stride: int  # elements from one slot to the next
+
+
 def query_tile(device: Device, group: int, head_dim: int) -> int:
     """How many query rows of `group` heads one attention workgroup keeps: what fits 16 queries and its memory."""
     per_query = 4 * (2 * head_dim + 64 + 8)
@@ -220,6 +229,14 @@ class Recorder:
                 st=self.layout,
             )  # fmt: skip
             self._add(merge, (self.step, parts, *extra, out), (n_heads, self.n_rows))
+
+    def short_conv(self, bcx: Tensor, weight: Tensor, state: State, out: Tensor) -> None:
+        """out = c * conv(b * x) by channel, over what the state holds and this step's rows; the state moves on."""
+        dim, l_cache = weight.shape
+        kernel = self.device.kernel(
+            "short_conv", dim=dim, l_cache=l_cache, stride=state.stride, st=self.layout
+        )  # fmt: skip
+        self._add(kernel, (self.step, bcx, weight, state.values, out), (-(-dim // 256), self.n_rows))
 
     def adjust_logits(self, logits: Tensor, bias: Tensor, counts: Tensor) -> None:
         n_vocab = logits.shape[-1]

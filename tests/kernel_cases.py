@@ -144,6 +144,7 @@ def cases() -> Iterator[Case]:
     yield from matmul_cases()
     yield from rope_cases()
     yield from attention_cases()
+    yield from short_conv_cases()
     yield from sampling_cases()
     tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
     yield Case(
@@ -408,6 +409,27 @@ def attention_cases() -> Iterator[Case]:
     yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
     consts = consts | {"sinks": True}
     yield Case("attention_merge sinks", "attention_merge", consts, parts_and_sinks, (3,), (4, 3), 1e-5)
+
+
+def short_conv_cases() -> Iterator[Case]:
+    for dim, l_cache, stride, seqs in (
+        (96, 3, 1000, [(0, 1), (1, 1), (40, 1), (2, 1)]),
+        (96, 3, 192, [(0, 1), (5, 2), (40, 3), (0, 9)]),
+        (288, 3, 576, [(7, 40)]),
+        (64, 4, 192, [(0, 2), (3, 4), (1, 1), (12, 3)]),
+        (32, 2, 64, [(0, 5), (6, 1), (9, 2)]),
+    ):
+
+        def tensors(rng, dim=dim, l_cache=l_cache, stride=stride, seqs=seqs):
+            n = sum(n for _, n in seqs)
+            step = step_words(seqs, rng=rng)
+            state, out = normal(rng, 4 * stride), np.zeros((n, dim), np.float32)
+            return [step, normal(rng, n, 3 * dim), normal(rng, dim, l_cache), state, out]
+
+        consts = {"dim": dim, "l_cache": l_cache, "stride": stride, "st": ST}
+        grid = (-(-dim // 256), sum(n for _, n in seqs))
+        name = f"short_conv {dim} x {l_cache}, rows {' '.join(str(n) for _, n in seqs)}"
+        yield Case(name, "short_conv", consts, tensors, (3, 4), grid, SUM)
 
 
 def sampling_cases() -> Iterator[Case]:

@@ -257,6 +257,25 @@ def attention_merge(c: dict, views: list[np.ndarray]) -> None:
 
 
 @twin
+def short_conv(c: dict, views: list[np.ndarray]) -> None:
+    v, st, dim, l_cache = Views(views), c["st"], c["dim"], c["l_cache"]
+    step, bcx, weight = v.u32(), v.f32(-1, 3, dim), v.f32(dim, l_cache)
+    state, out = v.f32(), v.f32(-1, dim)
+    n = int(step[st.N_ROWS])
+    row_seqs = step[st.row_seqs : st.row_seqs + n]
+    slots = _records(step, st, st.SLOT).astype(np.int64)
+    for seq in np.unique(row_seqs):
+        rows = np.flatnonzero(row_seqs == seq)
+        start = int(slots[seq]) * c["stride"]
+        kept = state[start : start + (l_cache - 1) * dim].reshape(l_cache - 1, dim)
+        before = kept if step[st.positions + rows[0]] else np.zeros_like(kept)
+        values = np.concatenate([before, bcx[rows, 0] * bcx[rows, 2]])  # (l_cache - 1 + rows, dim)
+        sums = sum(values[j : j + len(rows)] * weight[:, j] for j in range(l_cache))
+        out[rows] = bcx[rows, 1] * sums
+        kept[...] = values[len(rows) :]
+
+
+@twin
 def adjust_logits(c: dict, views: list[np.ndarray]) -> None:
     v, st, n_vocab = Views(views), c["st"], c["n_vocab"]
     step, bias, counts, logits = v.u32(), v.f32(-1, n_vocab), v.u32(-1, n_vocab), v.f32(-1, n_vocab)

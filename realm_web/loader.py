@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, NeedMoreBytes, TensorInfo, parse
 from realm_web.models.transformer import Target, Transformer
-from realm_web.quants import CHUNK
+from realm_web.quants import CHUNK, FORMATS
 from realm_web.runtime.device import Device, Kernel
 from realm_web.tensor import Shard, Tensor, Weight
 
@@ -128,7 +128,8 @@ class Loader:
         device.write(self._staging, await data)
         device.write(self._params, struct.pack("<4I", piece.n_chunks, piece.first_chunk, 0, 0))
         program = device.program("repack")
-        views = (device.view(self._staging), device.view(self._params), *piece.shard.parts)
+        parts = piece.shard.parts[: len(FORMATS[fmt].parts)]  # not the grid, which is there already
+        views = (device.view(self._staging), device.view(self._params), *parts)
         program.add(self._kernels[fmt], views, (-(-piece.n_chunks // 64),))
         device.submit(program)
 

@@ -1,14 +1,21 @@
 """The table of weight formats: how ggml stores a tensor, and how we store it on the device.
 
 Knows sizes, names and the packed layout of every format. Knows no device, no numpy, and does not decode:
-`shaders/quant/<format>.wgsl` decodes on the GPU, `dequant.py` is the numpy oracle of both layouts.
+`shaders/quant/<format>.wgsl` decodes on the GPU, `dequant/` is the numpy oracle of both layouts.
 
 **Packed layout.** ggml blocks are 18, 20, 34, 144 or 210 bytes long, so on the GPU nearly every load of a
 raw block is unaligned. Loading repacks each tensor once, block by block, into a few arrays ("parts") of
 aligned words. All parts are flat over the tensor in row-major order. A *chunk* is 32 consecutive weights of a
 row; rows are a multiple of 32 long, so chunk `row * (K / 32) + k / 32` holds weight `(row, k)`.
 
-"Nibbles" below are 16 bytes (one `vec4<u32>`) per chunk: byte i holds weight i low and weight i + 16 high.
+The codes of a chunk come in four shapes:
+- nibbles, 16 bytes (one `vec4<u32>`): byte i holds weight i low and weight i + 16 high;
+- crumbs (two bits), 8 bytes (one `vec2<u32>`): byte b of word w holds weight 16w + 4k + b at bit 2k;
+- lanes (one bit), one word: byte b holds weight 4i + b at bit i;
+- rows of a grid (`grids.py`): an index names 4 or 8 weights. Formats with a grid have one more binding after
+  their parts: the table of its rows, a byte per weight, the same for all tensors.
+
+From the first three a shift and a mask of a word take four weights, one in each byte.
 
 | format | part | per | content |
 |---|---|---|---|
@@ -27,6 +34,38 @@ row; rows are a multiple of 32 long, so chunk `row * (K / 32) + k / 32` holds we
 | Q6_K | q | chunk, 1 vec4 | nibbles |
 | | b | chunk, 1 vec2 | the high two bits: weight i at bits 2 * (i % 16) of word i / 16 |
 | | s | chunk, 1 word | int8 scale of weights 0-15, int8 scale of weights 16-31, f16 d in the high half |
+| Q2_K | q | chunk, 1 vec2 | crumbs |
+| | s | 256-block, 5 words | f16 d, f16 dmin; 16 bytes, for 16 weights each: scale low, minimum high nibble |
+| Q3_K | q | chunk, 1 vec2 | crumbs: the low two bits |
+| | b | chunk, 1 word | lanes: the third bit |
+| | s | 256-block, 5 words | f16 d; 16 bytes, for 16 weights each: scale + 32 |
+| IQ4_NL | q, s | | as Q4_0; a weight is d * codebook[q] |
+| IQ4_XS | h | 256-block, 1 vec2 | the raw header: f16 d, high pairs and low nibbles of the scales |
+| | q | chunk, 1 vec4 | nibbles |
+| TQ1_0, TQ2_0 | q | chunk, 1 vec2 | crumbs: weight / d + 1 |
+| | s | 256-block, 1 word | f16 d |
+| MXFP4 | q | chunk, 1 vec4 | nibbles |
+| | s | chunk, 1 word | the scale as f32 (half of it, as the codebook is doubled) |
+| NVFP4 | q | chunk, 1 vec4 | nibbles |
+| | s | chunk, 1 word | the halved scales as f16: of weights 0-15 low, of weights 16-31 high |
+| Q1_0 | q | chunk, 1 word | lanes: 1 for d, 0 for -d |
+| | s | 128-block, 1 word | f16 d |
+| Q2_0 | q | chunk, 1 vec2 | crumbs: weight / d + 1 |
+| | s | 64-block, 1 word | f16 d |
+| IQ2_XXS | q | chunk, 1 vec2 | x: 4 row indices; y: 4 times 7 signs (the eighth makes them even), scale |
+| | s | 256-block, 1 word | f16 d |
+| IQ2_XS | q | chunk, 1 vec2 | 4 halves: row index of 9 bits, 7 signs |
+| | s | 256-block, 3 words | f16 d; a byte per chunk: scale of weights 0-15 low, of weights 16-31 high |
+| IQ2_S | q | chunk, 1 vec2 | x: low 8 bits of 4 row indices; y: 32 signs |
+| | s | 256-block, 5 words | f16 d; a half per chunk: high 2 bits of the indices, then scales as IQ2_XS |
+| IQ3_XXS | q | chunk, 1 vec2 | 8 row indices of 8 bits, 4 weights each |
+| | s | 256-block, 9 words | f16 d; a word per chunk: signs and scale as IQ2_XXS |
+| IQ3_S | q | chunk, 1 vec2 | low 8 bits of 8 row indices |
+| | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs |
+| IQ1_S | q | chunk, 1 word | low 8 bits of 4 row indices |
+| | s | 256-block, 5 words | f16 d; a half per chunk: 4 times 3 high bits, scale (3 bits), sign of delta |
+| IQ1_M | q | chunk, 1 word | low 8 bits of 4 row indices |
+| | s | 256-block, 6 words | a nibble per row: 3 high bits, sign of delta; 4 halves: 4 scales, 4 bits of d |
 """
 
 from dataclasses import dataclass
@@ -59,6 +98,12 @@ class QuantFormat:
     block_elements: int  # weights per ggml block
     block_bytes: int  # bytes per ggml block in the file
     parts: tuple[Part, ...]
+    grid: str = ""  # the table that its kernels bind after the parts, if any: a key of `grids.GRIDS`
+
+    @property
+    def n_bindings(self) -> int:
+        """Storage bindings that a kernel needs to decode a weight."""
+        return len(self.parts) + bool(self.grid)
 
     @property
     def packed_block_bytes(self) -> int:
@@ -88,6 +133,10 @@ def _vec4(name: str, block_bytes: int) -> Part:
     return Part(name, "vec4<u32>", block_bytes)
 
 
+def _vec2(name: str, block_bytes: int) -> Part:
+    return Part(name, "vec2<u32>", block_bytes)
+
+
 def _words(name: str, block_bytes: int) -> Part:
     return Part(name, "u32", block_bytes)
 
@@ -105,7 +154,24 @@ FORMATS: dict[str, QuantFormat] = {
         QuantFormat("Q8_0", 8, 32, 34, (_vec4("q", 32), _words("s", 4))),
         QuantFormat("Q4_K", 12, 256, 144, (_vec4("h", 16), _vec4("q", 128))),
         QuantFormat("Q5_K", 13, 256, 176, (_vec4("h", 16), _vec4("q", 128), _words("b", 32))),
-        QuantFormat("Q6_K", 14, 256, 210, (_vec4("q", 128), Part("b", "vec2<u32>", 64), _words("s", 32))),
+        QuantFormat("Q6_K", 14, 256, 210, (_vec4("q", 128), _vec2("b", 64), _words("s", 32))),
+        QuantFormat("Q2_K", 10, 256, 84, (_vec2("q", 64), _words("s", 20))),
+        QuantFormat("Q3_K", 11, 256, 110, (_vec2("q", 64), _words("b", 32), _words("s", 20))),
+        QuantFormat("IQ4_NL", 20, 32, 18, (_vec4("q", 16), _words("s", 4))),
+        QuantFormat("IQ4_XS", 23, 256, 136, (_vec2("h", 8), _vec4("q", 128))),
+        QuantFormat("TQ1_0", 34, 256, 54, (_vec2("q", 64), _words("s", 4))),
+        QuantFormat("TQ2_0", 35, 256, 66, (_vec2("q", 64), _words("s", 4))),
+        QuantFormat("MXFP4", 39, 32, 17, (_vec4("q", 16), _words("s", 4))),
+        QuantFormat("NVFP4", 40, 64, 36, (_vec4("q", 32), _words("s", 8))),
+        QuantFormat("Q1_0", 41, 128, 18, (_words("q", 16), _words("s", 4))),
+        QuantFormat("Q2_0", 42, 64, 18, (_vec2("q", 16), _words("s", 4))),
+        QuantFormat("IQ2_XXS", 16, 256, 66, (_vec2("q", 64), _words("s", 4)), "iq2xxs"),
+        QuantFormat("IQ2_XS", 17, 256, 74, (_vec2("q", 64), _words("s", 12)), "iq2xs"),
+        QuantFormat("IQ2_S", 22, 256, 82, (_vec2("q", 64), _words("s", 20)), "iq2s"),
+        QuantFormat("IQ3_XXS", 18, 256, 98, (_vec2("q", 64), _words("s", 36)), "iq3xxs"),
+        QuantFormat("IQ3_S", 21, 256, 110, (_vec2("q", 64), _words("s", 48)), "iq3s"),
+        QuantFormat("IQ1_S", 19, 256, 50, (_words("q", 32), _words("s", 20)), "iq1"),
+        QuantFormat("IQ1_M", 29, 256, 56, (_words("q", 32), _words("s", 24)), "iq1"),
     )
 }
 BY_ID: dict[int, QuantFormat] = {fmt.ggml_id: fmt for fmt in FORMATS.values()}

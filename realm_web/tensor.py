@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from realm_web.errors import DeviceError
+from realm_web.grids import rows as grid_rows
 from realm_web.quants import CHUNK, QuantFormat
 from realm_web.runtime.device import Buffer, Device, View
 
@@ -28,7 +29,7 @@ class Tensor(View):
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first_row` to `first_row + n_rows` of a weight; one view per part of its format."""
+    """Rows `first_row` to `first_row + n_rows` of a weight: a view per part of its format, then its grid."""
 
     first_row: int
     n_rows: int
@@ -65,21 +66,31 @@ def rows_per_shard(device: Device, fmt: QuantFormat, k: int) -> int:
     """How many rows of k weights fit one binding per part, and one buffer in all."""
     blocks = fmt.n_blocks(k)
     largest = max(part.block_bytes for part in fmt.parts) * blocks
-    room = device.limits.max_buffer - PART_ALIGNMENT * len(fmt.parts)
+    room = device.limits.max_buffer - PART_ALIGNMENT * len(fmt.parts) - len(_table(fmt))
     return min(device.limits.max_binding // largest, room // (fmt.packed_block_bytes * blocks))
 
 
 def _alloc_shard(device: Device, fmt: QuantFormat, first: int, n_rows: int, k: int, label: str) -> Shard:
     sizes = [fmt.n_blocks(n_rows * k) * part.block_bytes for part in fmt.parts]
+    table = _table(fmt)
+    if table:
+        sizes.append(len(table))
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)
         end += -(-size // PART_ALIGNMENT) * PART_ALIGNMENT
     buffer: Buffer = device.alloc(end, label)
+    if table:
+        device.write(buffer, table, offsets[-1])
     views = tuple(
         View(buffer, offset, -(-size // 16) * 16) for offset, size in zip(offsets, sizes, strict=True)
     )
     return Shard(first, n_rows, views)
+
+
+def _table(fmt: QuantFormat) -> bytes:
+    """What is stored after the parts: the rows of the format's grid, if it has one."""
+    return grid_rows(fmt.grid) if fmt.grid else b""
 
 
 def n_chunks(n: int, k: int) -> int:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import blocks
 import numpy as np
 
-from realm_web import dequant
+from realm_web import dequant, grids
 from realm_web.quants import FORMATS
 from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
 
@@ -92,44 +93,26 @@ def step_words(
 
 def random_blocks(fmt: str, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
     """Random valid ggml blocks with weights of about unit size: uint8 (n_blocks, block_bytes)."""
-    f = FORMATS[fmt]
-    n_blocks = f.n_blocks(n * k)
-    if fmt in ("F32", "F16", "BF16"):
-        values = rng.standard_normal(n_blocks, dtype=np.float32)
-        if fmt == "F32":
-            return values.view(np.uint8).reshape(n_blocks, 4)
-        if fmt == "F16":
-            return values.astype(np.float16).view(np.uint8).reshape(n_blocks, 2)
-        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(n_blocks, 2)
-    raw = rng.integers(0, 256, (n_blocks, f.block_bytes), dtype=np.uint8)
-    halves = {
-        "Q4_0": (0,),
-        "Q4_1": (0, 2),
-        "Q5_0": (0,),
-        "Q5_1": (0, 2),
-        "Q8_0": (0,),
-        "Q4_K": (0, 2),
-        "Q5_K": (0, 2),
-        "Q6_K": (208,),
-    }
-    size = {
-        "Q4_0": 0.2,
-        "Q4_1": 0.2,
-        "Q5_0": 0.1,
-        "Q5_1": 0.1,
-        "Q8_0": 0.01,
-        "Q4_K": 0.004,
-        "Q5_K": 0.002,
-        "Q6_K": 0.0007,
-    }
-    for offset in halves[fmt]:
-        scale = (rng.standard_normal(n_blocks) * size[fmt]).astype(np.float16)
-        raw[:, offset : offset + 2] = scale.view(np.uint8).reshape(n_blocks, 2)
-    return raw
+    n_blocks = FORMATS[fmt].n_blocks(n * k)
+    if fmt not in ("F32", "F16", "BF16"):
+        return blocks.random_blocks(fmt, n_blocks, rng)
+    values = rng.standard_normal(n_blocks, dtype=np.float32)
+    if fmt == "F32":
+        return values.view(np.uint8).reshape(n_blocks, 4)
+    if fmt == "F16":
+        return values.astype(np.float16).view(np.uint8).reshape(n_blocks, 2)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(n_blocks, 2)
 
 
 def packed(fmt: str, n: int, k: int, rng: np.random.Generator) -> list[np.ndarray]:
-    return list(dequant.repack(fmt, random_blocks(fmt, n, k, rng)).values())
+    """The tensors that a kernel binds to read a random weight (n, k)."""
+    return bindings(fmt, random_blocks(fmt, n, k, rng))
+
+
+def bindings(fmt: str, raw: np.ndarray) -> list[np.ndarray]:
+    grid = FORMATS[fmt].grid
+    table = [np.frombuffer(grids.rows(grid), np.uint32)] if grid else []
+    return [*dequant.repack(fmt, raw).values(), *table]
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -177,23 +160,32 @@ def repack_cases() -> Iterator[Case]:
 
 
 def embed_cases() -> Iterator[Case]:
-    dim, n_vocab = 256, 100
+    n_vocab = 100
+
+    def case(fmt, name, dim, first, rows, scale, make, tolerance):
+        def tensors(rng):
+            step = step_words([(3, 5), (0, 2)], rng=rng, n_vocab=n_vocab)
+            step[ST.tokens + 4] = NONE  # the token that its slot drew last
+            slots = rng.integers(0, n_vocab, ST.max_seqs).astype(np.uint32)
+            return [step, slots, *bindings(fmt, make(fmt, rows, dim, rng)), np.zeros((8, dim), np.float32)]
+
+        consts = {
+            "fmt": fmt, "dim": dim, "first_row": first, "n_shard_rows": rows, "scale": scale, "st": ST,
+        }  # fmt: skip
+        grid = (-(-8 * dim // 32 // 64),)
+        return Case(
+            f"embed {fmt} {name}", "embed", consts, tensors, (2 + FORMATS[fmt].n_bindings,), grid, tolerance
+        )
+
+    def edges(fmt, n, k, rng):
+        return blocks.edge_blocks(fmt, FORMATS[fmt].n_blocks(n * k), rng)
+
     for fmt in FORMATS:
-        for first, rows in ((0, 100), (40, 60)):
-
-            def tensors(rng, fmt=fmt, rows=rows):
-                step = step_words([(3, 5), (0, 2)], rng=rng, n_vocab=n_vocab)
-                step[ST.tokens + 4] = NONE  # the token that its slot drew last
-                slots = rng.integers(0, n_vocab, ST.max_seqs).astype(np.uint32)
-                return [step, slots, *packed(fmt, rows, dim, rng), np.zeros((8, dim), np.float32)]
-
-            consts = {
-                "fmt": fmt, "dim": dim, "first_row": first, "n_shard_rows": rows,
-                "scale": 1.0 if first else 2.5, "st": ST,
-            }  # fmt: skip
-            n_parts = len(FORMATS[fmt].parts)
-            # d * (q - c) * scale rounds twice; Q4_1's sum may be fused
-            yield Case(f"embed {fmt} from row {first}", "embed", consts, tensors, (2 + n_parts,), (1,), 2e-7)
+        # d * (q - c) is exact or rounds once, in every format; times 2.5 it rounds twice
+        yield case(fmt, "from row 0", 256, 0, 100, 2.5, random_blocks, 2e-7)
+        yield case(fmt, "from row 40", 256, 40, 60, 1.0, random_blocks, EXACT)
+        if fmt not in ("F32", "F16", "BF16"):
+            yield case(fmt, "with edge scales", 1024, 0, 100, 1.0, edges, EXACT)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -238,7 +230,7 @@ def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bo
         weight = packed(fmt, n * (2 if act else 1), k, rng)
         return [step, normal(rng, m, k), *weight, *extra, normal(rng, m, stride)]
 
-    return tensors, 2 + len(FORMATS[fmt].parts) + bias
+    return tensors, 2 + FORMATS[fmt].n_bindings + bias
 
 
 def matvec_cases() -> Iterator[Case]:

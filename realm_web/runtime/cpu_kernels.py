@@ -50,6 +50,8 @@ class Views:
             return self.f32(-1)[: n * k].reshape(n, k)
         sizes = FORMATS[fmt].packed_nbytes(n * k)
         parts = {name: next(self._next)[:size].view(np.uint32) for name, size in sizes.items()}
+        if FORMATS[fmt].grid:
+            next(self._next)  # the table, which `dequant` has too
         return dequant.unpack(fmt, parts).reshape(n, k)
 
     def _typed(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jinja2
 
+from realm_web import grids
 from realm_web.errors import DeviceError
 
 SHADERS = Path(__file__).resolve().parent.parent / "shaders"
@@ -36,7 +37,7 @@ class Source:
 
 @cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(SHADERS),
         undefined=jinja2.StrictUndefined,
         line_statement_prefix="#",
@@ -44,6 +45,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         autoescape=False,
     )
+    environment.globals["codebook_words"] = grids.codebook_words
+    return environment
 
 
 def kernel_names() -> list[str]:

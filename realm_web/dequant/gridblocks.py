@@ -1,0 +1,184 @@
+"""The IQ1, IQ2 and IQ3 formats: 256 weights a block, 4 or 8 at a time named by an index into a grid."""
+
+import numpy as np
+
+from realm_web.dequant.bits import Codec, Parts, as_bytes, half, padded_half
+from realm_web.grids import GRIDS, rows
+
+DELTA = np.float32(0.125)  # by which IQ1 weights are off the grid
+
+
+def _table(name: str) -> np.ndarray:
+    """Rows of the grid as float32."""
+    return np.frombuffer(rows(name), np.int8).reshape(-1, GRIDS[name].length).astype(np.float32)
+
+
+def _signs(packed: np.ndarray) -> np.ndarray:
+    """Sign bytes `(n_chunks, 4)` to 1 or -1, `(n_chunks, 4, 8)`."""
+    bits = np.unpackbits(np.ascontiguousarray(packed)[..., None], axis=2, bitorder="little")
+    return np.float32(1) - np.float32(2) * bits.astype(np.float32)
+
+
+def _even_signs(seven: np.ndarray) -> np.ndarray:
+    """Seven sign bits each, `(n_chunks, 4)`; the eighth makes the number of negative weights even."""
+    odd = np.unpackbits(seven.astype(np.uint8)[..., None], axis=2).sum(axis=2, dtype=np.uint8) & np.uint8(1)
+    return _signs(seven.astype(np.uint8) | (odd << np.uint8(7)))
+
+
+def _nibble_pairs(packed: np.ndarray) -> np.ndarray:
+    """Bytes `(n, m)` to float32 nibbles, low then high: `(n, m, 2)`."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32)
+
+
+def _of_sevens(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words of four times seven signs and a scale: signs `(n_chunks, 4, 8)`, scales `(n_chunks, 1, 1)`."""
+    sevens = words.reshape(-1, 1) >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)
+    return _even_signs(sevens), (words >> np.uint32(28)).astype(np.float32).reshape(-1, 1, 1)
+
+
+def _block_scale(s: np.ndarray) -> np.ndarray:
+    """d at the head of the bytes `s` `(n_blocks, m)`, for each chunk: `(n_chunks, 1)`."""
+    return np.repeat(half(s[:, :2]), 8, axis=0)
+
+
+def _iq2_scale(d: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """d `(n_chunks, 1)` and a byte per chunk, each nibble of which is for two rows: `(n_chunks, 4, 1)`."""
+    scale = d * (np.float32(0.5) + _nibble_pairs(scales.reshape(-1))) * np.float32(0.25)
+    return np.repeat(scale, 2, axis=1)[..., None]
+
+
+# -- IQ2_XXS: d, then per chunk 4 indices (bytes) and a word of signs and scale ---------------------
+
+
+def _iq2_xxs_repack(blocks: np.ndarray) -> Parts:
+    return {"q": blocks[:, 2:], "s": padded_half(blocks[:, :2])}
+
+
+def _iq2_xxs_unpack(parts: Parts) -> np.ndarray:
+    index = as_bytes(parts["q"], 8)[:, :4]
+    signs, scales = _of_sevens(parts["q"].reshape(-1, 2)[:, 1])
+    d = _block_scale(as_bytes(parts["s"], 4))[..., None]
+    return d * (np.float32(0.5) + scales) * np.float32(0.25) * _table("iq2xxs")[index] * signs
+
+
+# -- IQ2_XS: d, then per 8 weights an index of 9 bits and 7 signs (64 bytes), scales (8) ------------
+
+
+def _iq2_xs_repack(blocks: np.ndarray) -> Parts:
+    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 66:]], axis=1)
+    return {"q": blocks[:, 2:66], "s": scales}
+
+
+def _iq2_xs_unpack(parts: Parts) -> np.ndarray:
+    q, s = parts["q"].view(np.uint16).reshape(-1, 4), as_bytes(parts["s"], 12)
+    scale = _iq2_scale(_block_scale(s), s[:, 4:])
+    return scale * _table("iq2xs")[q & np.uint16(511)] * _even_signs(q >> np.uint16(9))
+
+
+# -- IQ2_S: d, low bytes of indices (32), signs (32), high pairs of indices (8), scales (8) ---------
+
+
+def _iq2_s_repack(blocks: np.ndarray) -> Parts:
+    n = len(blocks)
+    index, signs = (blocks[:, at : at + 32].reshape(n, 8, 4) for at in (2, 34))
+    of_chunks = np.stack([blocks[:, 66:74], blocks[:, 74:]], axis=2).reshape(n, 16)
+    return {
+        "q": np.concatenate([index, signs], axis=2),
+        "s": np.concatenate([padded_half(blocks[:, :2]), of_chunks], axis=1),
+    }
+
+
+def _iq2_s_unpack(parts: Parts) -> np.ndarray:
+    q, s = as_bytes(parts["q"], 8), as_bytes(parts["s"], 20)
+    of_chunks = s[:, 4:].reshape(-1, 2)
+    high = of_chunks[:, :1] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
+    index = q[:, :4] | high.astype(np.uint16) << np.uint16(8)
+    return _iq2_scale(_block_scale(s), of_chunks[:, 1]) * _table("iq2s")[index] * _signs(q[:, 4:])
+
+
+# -- IQ3_XXS: d, indices (64 bytes), per chunk a word of signs and scale ----------------------------
+
+
+def _iq3_xxs_repack(blocks: np.ndarray) -> Parts:
+    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 66:]], axis=1)
+    return {"q": blocks[:, 2:66], "s": scales}
+
+
+def _iq3_xxs_unpack(parts: Parts) -> np.ndarray:
+    index, s = as_bytes(parts["q"], 8), parts["s"].reshape(-1, 9)
+    signs, scales = _of_sevens(s[:, 1:].reshape(-1))
+    d = _block_scale(as_bytes(parts["s"], 36))[..., None]
+    weights = _table("iq3xxs")[index].reshape(-1, 4, 8)
+    return d * (np.float32(0.5) + scales) * np.float32(0.5) * weights * signs
+
+
+# -- IQ3_S: d, low bytes of indices (64), their high bits (8), signs (32), scales (4) ---------------
+
+
+def _iq3_s_repack(blocks: np.ndarray) -> Parts:
+    order = (padded_half(blocks[:, :2]), blocks[:, 106:], blocks[:, 66:74], blocks[:, 74:106])
+    return {"q": blocks[:, 2:66], "s": np.concatenate(order, axis=1)}
+
+
+def _iq3_s_unpack(parts: Parts) -> np.ndarray:
+    s = as_bytes(parts["s"], 48)
+    high = np.unpackbits(s[:, 8:16].reshape(-1, 1), axis=1, bitorder="little")
+    index = as_bytes(parts["q"], 8) | high.astype(np.uint16) << np.uint16(8)
+    scale = half(s[:, :2]) * (1 + 2 * _nibble_pairs(s[:, 4:8]).reshape(-1, 8))
+    return (
+        scale.reshape(-1, 1, 1) * _table("iq3s")[index].reshape(-1, 4, 8) * _signs(s[:, 16:].reshape(-1, 4))
+    )
+
+
+# -- IQ1_S: d, low bytes of indices (32), per chunk 16 bits ------------------------------------------
+
+
+def _iq1_s_repack(blocks: np.ndarray) -> Parts:
+    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 34:]], axis=1)
+    return {"q": blocks[:, 2:34], "s": scales}
+
+
+def _iq1_weights(low: np.ndarray, high: np.ndarray, negative: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Low bytes, 3 high bits and sign of delta per row `(n_chunks, 4)`, scales `(n_chunks, 4 or 1)`."""
+    index = low | high.astype(np.uint16) << np.uint16(8)
+    delta = np.where(negative, -DELTA, DELTA)[..., None]
+    return scale[..., None] * (_table("iq1")[index] + delta)
+
+
+def _iq1_s_unpack(parts: Parts) -> np.ndarray:
+    s = as_bytes(parts["s"], 20)
+    of_chunks = np.ascontiguousarray(s[:, 4:]).view(np.uint16).reshape(-1, 1)
+    high = of_chunks >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
+    scale = _block_scale(s) * (2 * (of_chunks >> 12 & 7) + 1).astype(np.float32)
+    return _iq1_weights(as_bytes(parts["q"], 4), high, of_chunks >= 0x8000, scale)
+
+
+# -- IQ1_M: low bytes of indices (32), their high bits and signs of delta (16), scales and d (8) ----
+
+
+def _iq1_m_repack(blocks: np.ndarray) -> Parts:
+    return {"q": blocks[:, :32], "s": blocks[:, 32:]}
+
+
+def _iq1_m_unpack(parts: Parts) -> np.ndarray:
+    s = as_bytes(parts["s"], 24)
+    rest = s[:, :16].reshape(-1, 2, 1) >> np.array([0, 4], np.uint8) & np.uint8(15)
+    rest = rest.reshape(-1, 4)  # a nibble per row
+    halves = np.ascontiguousarray(s[:, 16:]).view(np.uint16)  # (n_blocks, 4)
+    top = (halves >> np.uint16(12)) << np.arange(0, 16, 4, dtype=np.uint16)
+    d = np.bitwise_or.reduce(top, axis=1).view(np.float16).astype(np.float32)
+    small = halves[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)  # (n_blocks, 4, 4)
+    scale = d.reshape(-1, 1, 1) * (2 * small + 1).astype(np.float32)
+    scale = np.repeat(scale.reshape(-1, 2), 2, axis=1)  # of 16 weights, so of two rows
+    return _iq1_weights(as_bytes(parts["q"], 4), rest & 7, rest >= 8, scale)
+
+
+CODECS: dict[str, Codec] = {
+    "IQ2_XXS": Codec(_iq2_xxs_repack, _iq2_xxs_unpack),
+    "IQ2_XS": Codec(_iq2_xs_repack, _iq2_xs_unpack),
+    "IQ2_S": Codec(_iq2_s_repack, _iq2_s_unpack),
+    "IQ3_XXS": Codec(_iq3_xxs_repack, _iq3_xxs_unpack),
+    "IQ3_S": Codec(_iq3_s_repack, _iq3_s_unpack),
+    "IQ1_S": Codec(_iq1_s_repack, _iq1_s_unpack),
+    "IQ1_M": Codec(_iq1_m_repack, _iq1_m_unpack),
+}

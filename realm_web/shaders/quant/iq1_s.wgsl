@@ -1,0 +1,40 @@
+{# IQ1_S: q per chunk: low 8 bits of 4 row indices; s, 5 words per 256-block: f16 d, then a half per chunk: 4 times 3 high
+   bits of the indices, 3 bits scale, sign of delta; t the grid. weight = d * (2 * scale + 1) * (row + delta). #}
+# import "quant/lib_grid.wgsl" as grid
+# macro decode(w, bind)
+{{ bind(w ~ "_q", "u32") }}
+{{ bind(w ~ "_s", "u32") }}
+{{ bind(w ~ "_t", "vec2<u32>") }}
+
+fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
+  let q = {{ w }}_q[c];
+  let at = (c >> 3u) * 5u;
+  let h = {{ w }}_s[at + 1u + ((c & 7u) >> 1u)] >> (16u * (c & 1u));
+  let scale = unpack2x16float({{ w }}_s[at]).x * f32(2u * ((h >> 12u) & 7u) + 1u);
+  let delta = select(0.125, -0.125, (h & 0x8000u) != 0u);
+  # for g in range(4)
+  let t{{ g }} = {{ w }}_t[((q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u)];
+  let d{{ g }} = delta;
+  # endfor
+{{ grid.rows_of_iq1(("scale", "scale")) }}
+}
+# endmacro
+
+# macro repack(bind)
+{{ bind("q", "u32", "read_write") }}
+{{ bind("s", "u32", "read_write") }}
+
+fn repack(c: u32, dst: u32) {
+  // ggml: f16 d, 32 low indices, 8 halves
+  let at = (c >> 3u) * 50u;
+  let j = c & 7u;
+  q[dst] = word(at + 2u + 4u * j);
+  if (j == 0u) {
+    let to = (dst >> 3u) * 5u;
+    s[to] = half_at(at);
+    for (var i = 0u; i < 4u; i++) {
+      s[to + 1u + i] = word(at + 34u + 4u * i);
+    }
+  }
+}
+# endmacro

@@ -1,0 +1,40 @@
+{# NVFP4: q holds nibbles, indices into a codebook of doubled values; s the halved scales as f16: of the chunk's first
+   16 weights low, of its last 16 high. #}
+# import "quant/lib_codebook.wgsl" as codebook
+# macro decode(w, bind)
+{{ bind(w ~ "_q", "vec4<u32>") }}
+{{ bind(w ~ "_s", "u32") }}
+
+{{ codebook.lookup(w, "fp4") }}
+
+fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
+  let q = {{ w }}_q[c];
+  let d = unpack2x16float({{ w }}_s[c]);
+{{ codebook.chunk(w, "q", ("d.x", "d.y")) }}
+}
+# endmacro
+
+# macro repack(bind)
+{{ bind("q", "vec4<u32>", "read_write") }}
+{{ bind("s", "u32", "read_write") }}
+
+// Unsigned E4M3 times a half: the top bit means nothing, 0x7f is zero. Exact as f16.
+fn halved(x: u32) -> f32 {
+  let exponent = (x >> 3u) & 15u;
+  let mantissa = x & 7u;
+  let normal = bitcast<f32>(((exponent + 119u) << 23u) | (mantissa << 20u));
+  let value = select(normal, f32(mantissa) * 0.0009765625, exponent == 0u);
+  return select(value, 0.0, x == 0x7fu);
+}
+
+fn repack(c: u32, dst: u32) {
+  // ggml, for 64 weights: 4 scales, then 8 bytes for 16 weights each: weight i low, weight i + 8 high
+  let at = (c >> 1u) * 36u;
+  let j = c & 1u;
+  s[dst] = pack2x16float(vec2<f32>(halved(byte(at + 2u * j)), halved(byte(at + 2u * j + 1u))));
+  let v = words(at + 4u + 16u * j);
+  let low = v & vec4<u32>(0x0f0f0f0fu);
+  let high = (v >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
+  q[dst] = vec4<u32>(low.xy | (low.zw << vec2<u32>(4u)), high.xy | (high.zw << vec2<u32>(4u)));
+}
+# endmacro

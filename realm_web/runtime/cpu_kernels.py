@@ -17,12 +17,44 @@ from realm_web.quants import FORMATS
 Twin = Callable[[dict[str, Any], list[np.ndarray]], None]
 TWINS: dict[str, Twin] = {}
 NONE = 0xFFFFFFFF
+TILE_WEIGHTS = 1 << 18  # decoded at a time: 1 MiB of float32, which stays in the cache
 LOWEST = np.float32(-3.4e38)
 
 
 def twin(function: Twin) -> Twin:
     TWINS[function.__name__] = function
     return function
+
+
+class Matrix:
+    """A packed weight (n, k): float32 ones are used as they are, others are decoded a tile of rows at a time."""
+
+    def __init__(self, fmt: str, n: int, k: int, parts: dict[str, np.ndarray]):
+        self.fmt, self.n, self.k, self._parts = fmt, n, k, parts
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop as float32; no copy for F32."""
+        here = {
+            name: words[len(words) // self.n * start : len(words) // self.n * stop]
+            for name, words in self._parts.items()
+        }
+        weights = here["q"].view(np.float32) if self.fmt == "F32" else dequant.unpack(self.fmt, here)
+        return weights.reshape(stop - start, self.k)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Single rows: (len(indices), k)."""
+        return np.concatenate([self.rows(i, i + 1) for i in indices])
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """x (m, k) times the transpose: (m, n)."""
+        if self.fmt == "F32":
+            return x @ self.rows(0, self.n).T
+        tile = max(1, TILE_WEIGHTS // self.k)
+        y = np.empty((len(x), self.n), np.float32)
+        for start in range(0, self.n, tile):
+            stop = min(start + tile, self.n)
+            np.matmul(x, self.rows(start, stop).T, out=y[:, start:stop])
+        return y
 
 
 class Views:
@@ -44,15 +76,13 @@ class Views:
     def bytes(self) -> np.ndarray:
         return next(self._next)
 
-    def weight(self, fmt: str, n: int, k: int) -> np.ndarray:
-        """The packed weight as (n, k) float32; no copy for F32."""
-        if fmt == "F32":
-            return self.f32(-1)[: n * k].reshape(n, k)
+    def weight(self, fmt: str, n: int, k: int) -> Matrix:
+        """The packed weight (n, k)."""
         sizes = FORMATS[fmt].packed_nbytes(n * k)
         parts = {name: next(self._next)[:size].view(np.uint32) for name, size in sizes.items()}
         if FORMATS[fmt].grid:
             next(self._next)  # the table, which `dequant` has too
-        return dequant.unpack(fmt, parts).reshape(n, k)
+        return Matrix(fmt, n, k, parts)
 
     def _typed(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         data = next(self._next).view(dtype)
@@ -94,7 +124,8 @@ def embed(c: dict, views: list[np.ndarray]) -> None:
     slot = step[st.seqs + seqs * st.SEQ_WORDS + st.SLOT]
     tokens = np.where(tokens == NONE, slots[np.minimum(slot, len(slots) - 1)], tokens) - c["first_row"]
     here = np.flatnonzero((tokens >= 0) & (tokens < c["n_shard_rows"]))
-    out[here] = weight[tokens[here]] * np.float32(c["scale"])
+    if len(here):
+        out[here] = weight.take(tokens[here]) * np.float32(c["scale"])
 
 
 @twin
@@ -132,7 +163,7 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     step, x = v.u32(), v.f32(-1, k)
     weight = v.weight(c["fmt"], n * (2 if c["act"] else 1), k)
     m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
-    y = x[:m] @ weight.T  # (m, n)
+    y = weight.product(x[:m])  # (m, n)
     if c["act"]:
         y = ACTIVATIONS[c["act"]](y[:, :n]) * y[:, n:]
     columns = slice(c["out_offset"], c["out_offset"] + n)

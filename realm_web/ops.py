@@ -174,9 +174,9 @@ class Recorder:
 
     def gated(self, x: Tensor, out: Tensor, act: str) -> None:
         """out = act(gate) * up, where x holds gate and up side by side."""
-        dim = out.shape[-1]
-        kernel = self.device.kernel("gated", act=act, dim=dim, st=self.layout)
-        self._add(kernel, (self.step, x, out), (-(-self.n_rows * dim // 256),))
+        n, dim = out.shape
+        kernel = self.device.kernel("gated", act=act, dim=dim, times=n // self.n_rows, st=self.layout)
+        self._add(kernel, (self.step, x, out), (-(-n * dim // 256),))
 
     def qk_norm(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, n_q: int, n_k: int, eps: float

@@ -120,6 +120,8 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def cases() -> Iterator[Case]:
+    import moe_cases  # which needs this module
+
     yield from repack_cases()
     yield from embed_cases()
     yield from norm_cases()
@@ -128,6 +130,7 @@ def cases() -> Iterator[Case]:
     yield from rope_cases()
     yield from attention_cases()
     yield from short_conv_cases()
+    yield from moe_cases.cases()
     yield from sampling_cases()
     tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
     yield Case(
@@ -288,10 +291,13 @@ def matmul_cases() -> Iterator[Case]:
                 yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
 
     def tensors(rng):
-        return [step_words([(0, 5), (9, 3)], rng=rng), normal(rng, 8, 128), np.zeros((8, 64), np.float32)]
+        step = step_words([(0, 1), (9, 3)], rng=rng)
+        return [step, normal(rng, 8, 128) * 5, np.zeros((8, 64), np.float32)]
 
-    for act in ("silu_mul", "gelu_mul"):
-        yield Case(f"gated {act}", "gated", {"act": act, "dim": 64, "st": ST}, tensors, (2,), (2,), 1e-6)
+    for act in ("silu_mul", "gelu_mul", "swiglu_oai"):
+        for times in (1, 2):
+            consts = {"act": act, "dim": 64, "times": times, "st": ST}
+            yield Case(f"gated {act} times {times}", "gated", consts, tensors, (2,), (2,), 1e-6)
 
 
 def rope_cases() -> Iterator[Case]:
@@ -492,7 +498,7 @@ def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[st
 
 
 def grid_of(case: Case, consts: dict[str, Any]) -> tuple[int, ...]:
-    if case.kernel != "matvec":
+    if case.kernel not in ("matvec", "moe_matvec"):
         return case.grid
     per_group = consts["wg"] // consts["lanes"] * consts["rows"]
     blocks = -(-consts["n"] // per_group)

@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import cases, error_of, grid_of, resolve, tensors_of
 
 from realm_web.runtime.adapters import open_device
-from realm_web.runtime.cpu_kernels import TWINS
+from realm_web.runtime.cpu import TWINS
 from realm_web.runtime.template import kernel_names
 
 CASES = {case.id: case for case in cases()}

@@ -1,4 +1,4 @@
-"""The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py`.
+"""The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py` and `cpu_moe.py`.
 
 With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but four bytes
 a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from realm_web.errors import DeviceError
-from realm_web.runtime.cpu_kernels import TWINS
+from realm_web.runtime import cpu_kernels, cpu_moe
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 
 UNLIMITED = 1 << 62
+TWINS = cpu_kernels.TWINS | cpu_moe.TWINS
 
 
 @cache

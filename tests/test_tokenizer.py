@@ -28,20 +28,34 @@ TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BY_CASE = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+CONTRACTION"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*CONTRACTION"
+    r"|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PASSES = {
     "smollm": [r"\p{N}", GPT2],
     "gpt-2": [GPT2],
     "llama-bpe": [TIKTOKEN.replace("NUMBERS", r"\p{N}{1,3}")],
     "dbrx": [TIKTOKEN.replace("NUMBERS", r"\p{N}{1,3}")],
+    "glm4": [TIKTOKEN.replace("NUMBERS", r"\p{N}{1,3}")],
     "qwen2": [TIKTOKEN.replace("NUMBERS", r"\p{N}")],
+    "qwen35": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "tekken": [BY_CASE.replace("CONTRACTION", "").replace("NUMBERS", r"\p{N}")],
+    "gpt-4o": [
+        BY_CASE.replace("CONTRACTION", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("NUMBERS", r"\p{N}{1,3}")
+    ],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
 FAMILIES = pytest.mark.parametrize("family", PASSES)
 
 # Characters at which the patterns turn, more often than chance would bring them together.
 TURNS = (
-    "aZéßſΩ漢ªʰ019²½Ⅷ٣'’sStTrReEvVmMlLdD "
-    "\t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u3000.,!$+<=>^~|`_-¡§¤€́\u200d👩\x00\u0378"
+    "aZéÉßſΩ漢ªʰǅ019²½Ⅷ٣'’sStTrReEvVmMlLdD "
+    "\t\n\r\x0b\x1c\x1f\x80\x85\xa0\u2003\u3000.,!$+<=>^~|`_-/¡§¤€́\u0903\u200d👩\x00\u0378"
 )
 texts = st.text(st.sampled_from(TURNS), max_size=40) | st.text(max_size=20)
 
@@ -165,13 +179,15 @@ def test_text_is_split_as_the_familys_own_patterns_split_it(family: str, text: s
     assert find_splitter(family).split(text) == wanted
 
 
-def test_every_character_is_of_the_class_that_unicode_gives_it() -> None:
-    passes = oracle_passes("default")  # the one that tells letters, numbers, punctuation, spaces and the rest
+# `default` tells letters, numbers, punctuation, spaces and the rest; `gpt-4o` the cases; `qwen35` the marks.
+@pytest.mark.parametrize("family", ["default", "gpt-4o", "qwen35"])
+def test_every_character_is_of_the_class_that_unicode_gives_it(family: str) -> None:
+    passes = oracle_passes(family)
     assigned = [*range(0xD800), *range(0xE000, 0x20000), *range(0x2A600, 0x32400), *range(0xE0000, 0xE0200)]
     for start in range(0, len(assigned), 1 << 14):
         codes = assigned[start : start + (1 << 14)]
-        text = "".join(f"{chr(code)}a" for code in codes)
-        assert find_splitter("default").split(text) == [piece for piece, _ in passes.pre_tokenize_str(text)]
+        text = "".join(f"{chr(code)}aA!" for code in codes)
+        assert find_splitter(family).split(text) == [piece for piece, _ in passes.pre_tokenize_str(text)]
 
 
 def test_no_two_splitters_share_a_name() -> None:
@@ -310,6 +326,8 @@ MALFORMED = {
     "BOS is wanted but missing": {"add_bos_token": True},
     "EOS is wanted but missing": {"add_eos_token": True},
     "flag is a number": {"add_bos_token": 1},
+    "add_space_prefix is a string": {"add_space_prefix": "false"},
+    "remove_extra_whitespaces is a number": {"remove_extra_whitespaces": 0},
     "pre-tokenizer is a number": {"pre": 3},
 }
 
@@ -328,10 +346,11 @@ def test_numeric_arrays_may_be_typed_arrays() -> None:
 
 
 def test_what_is_not_supported_is_named_with_what_is() -> None:
-    with pytest.raises(UnsupportedError, match=r"'llama'.*gpt2"):
-        Tokenizer.from_metadata(metadata(model="llama"))
-    with pytest.raises(UnsupportedError, match=r"'tekken'.*smollm.*gpt-2.*llama-bpe.*qwen2"):
-        Tokenizer.from_metadata(metadata("tekken"))
+    for model in ("bert", "t5", "rwkv", "plamo2", "gemma4", "no_vocab"):
+        with pytest.raises(UnsupportedError, match=f"'{model}'.*gpt2.*llama"):
+            Tokenizer.from_metadata(metadata(model=model))
+    with pytest.raises(UnsupportedError, match=r"'bloom'.*smollm.*gpt-2.*llama-bpe.*qwen2.*tekken"):
+        Tokenizer.from_metadata(metadata("bloom"))
 
 
 def test_a_file_without_a_pre_tokenizer_gets_the_default_one() -> None:
@@ -420,9 +439,10 @@ def test_english_is_encoded_at_a_megabyte_per_second(shared: Path) -> None:
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("letter", ["a", "漢", " ", "\n", "<", "1"])
-def test_a_megabyte_of_one_character_takes_seconds(letter: str) -> None:
-    tokenizer = Tokenizer.from_metadata(metadata("qwen2", extra=[("<|im_end|>", 3), ("<x>", 4)]))
+@pytest.mark.parametrize("family", ["qwen2", "gpt-4o"])
+@pytest.mark.parametrize("letter", ["a", "A", "漢", "́", " ", "\n", "<", "1"])
+def test_a_megabyte_of_one_character_takes_seconds(family: str, letter: str) -> None:
+    tokenizer = Tokenizer.from_metadata(metadata(family, extra=[("<|im_end|>", 3), ("<x>", 4)]))
     text = letter * (1_000_000 // len(letter.encode()))
     began = time.process_time()
     ids = tokenizer.encode(text)

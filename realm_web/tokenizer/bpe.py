@@ -4,15 +4,13 @@ Works on token ids. Knows its vocabulary's strings and merges, and no special to
 et al. 2016; the printable alphabet for bytes is GPT-2's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain
 
 from realm_web.errors import FormatError
+from realm_web.tokenizer.cache import WordCache
 from realm_web.tokenizer.pretokenize import Splitter
-
-_CACHED_WORDS = 1 << 16
-_CACHED_WORD_CHARS = 64
 
 
 def _printable_alphabet() -> str:
@@ -43,7 +41,7 @@ class BytePairEncoder:
         self._nothing = -(self._stride**2) - 1
         self._byte_ids = [ids.get(char, self._nothing) for char in _ALPHABET]
         self._whole = ids if splitter.ignore_merges else {}
-        self._cache = _WordCache(self._encode_word)
+        self._cache = WordCache(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self._cache.__getitem__, self._splitter.split(text))))
@@ -99,22 +97,6 @@ class BytePairEncoder:
                 if rank is not None:
                     heappush(heap, rank * size + before)
         return symbols
-
-
-class _WordCache(dict[str, list[int]]):
-    """Word to ids, filled on a miss and emptied when full. Long words are not kept: they seldom return."""
-
-    def __init__(self, encode_word: Callable[[str], list[int]]) -> None:
-        super().__init__()
-        self._encode_word = encode_word
-
-    def __missing__(self, word: str) -> list[int]:
-        ids = self._encode_word(word)
-        if len(word) <= _CACHED_WORD_CHARS:
-            if len(self) >= _CACHED_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
 
 
 def _read_merges(ids: dict[str, int], merges: Sequence[str]) -> tuple[dict[int, int], list[int]]:

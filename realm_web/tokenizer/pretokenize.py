@@ -7,7 +7,9 @@ same class. The twin has the same length, and `re` tests Latin-1 classes by a bi
 
 Where a family splits in several passes (`smollm` first isolates digits), its passes are folded into one
 pattern: the next pass may not look past the end of a piece, hence the longer lookaheads after `\s+`.
-Patterns from the families' tokenizer.json files; names and aliases as in llama.cpp.
+Patterns from the families' tokenizer.json files; names and aliases as in llama.cpp. For `tekken` and `gpt-4o`
+llama.cpp itself uses simpler classes (no marks; case only for ASCII), which cut some words elsewhere than the
+models were trained with: "éÀ" and most words with combining marks.
 """
 
 import re
@@ -17,12 +19,16 @@ from dataclasses import dataclass
 
 from realm_web.errors import UnsupportedError
 
-_LETTER = "A-Za-zªµºÀ-ÖØ-öø-ÿſ"
+_UPPER = "A-ZÀ-ÖØ-Þ"  # Lu and Lt
+_LOWER = "a-zµß-öø-ÿſ"  # Ll
+_CASELESS = "ªº"  # Lm and Lo
+_LETTER = _UPPER + _LOWER + _CASELESS
+_MARK = "\x80"  # Latin-1 has no mark, so this control character is set aside for them
 _NUMBER = "0-9²³¹¼-¾"
 _SPACE = r"\t-\r \x85\xa0"  # Python's own \s also has 0x1C-0x1F, which Unicode's White_Space does not
 
-# What stands in for a character past Latin-1, by the first letter of its Unicode category.
-_STAND_INS = {"L": "ª", "N": "²", "P": "¡", "Z": "\xa0"}
+# What stands in for a character past Latin-1, by its Unicode category or the first letter of that.
+_STAND_INS = {"Lu": "À", "Lt": "À", "Ll": "à", "L": "ª", "M": _MARK, "N": "²", "P": "¡", "Z": "\xa0"}
 _OTHER = "¤"
 _REMEMBERED = 1 << 16  # characters
 _CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -31,10 +37,14 @@ _PUNCTUATION = r"!-/:-@\[-_{-~¡§«¶·»¿"  # \p{P} and the symbols $+<=>^|~,
 # Assigned in Unicode 15, 15.1 and 16: Python 3.11 knows 14, a page's Python 16, and both must split alike.
 # Delete a version's ranges when the oldest supported Python knows it (3.12: 15.0, 3.13: 15.1, 3.14: 16).
 _ASSIGNED_SINCE_14 = {
-    "L": "1C89-1C8A A7CB-A7CD A7DA-A7DC 105C0-105F3 10D4A-10D65 10D6F-10D85 10EC2-10EC4 1123F-11240 "
-    "11380-11389 1138B 1138E 11390-113B5 113B7 113D1 113D3 11BC0-11BE0 11F02 11F04-11F10 11F12-11F33 "
-    "1342F 13441-13446 13460-143FA 16100-1611D 16D40-16D6C 18CFF 1B132 1B155 1DF25-1DF2A 1E030-1E06D "
-    "1E4D0-1E4EB 1E5D0-1E5ED 1E5F0 2B739 2EBF0-2EE5D 31350-323AF",
+    "Lu": "1C89 A7CB-A7CC A7DA A7DC 10D50-10D65",
+    "Ll": "1C8A A7CD A7DB 10D70-10D85 1DF25-1DF2A",
+    "L": "105C0-105F3 10D4A-10D4F 10D6F 10EC2-10EC4 1123F-11240 11380-11389 1138B 1138E 11390-113B5 113B7 "
+    "113D1 113D3 11BC0-11BE0 11F02 11F04-11F10 11F12-11F33 1342F 13441-13446 13460-143FA 16100-1611D "
+    "16D40-16D6C 18CFF 1B132 1B155 1E030-1E06D 1E4D0-1E4EB 1E5D0-1E5ED 1E5F0 2B739 2EBF0-2EE5D 31350-323AF",
+    "M": "897 CF3 ECE 10D69-10D6D 10EFC-10EFF 11241 113B8-113C0 113C2 113C5 113C7-113CA 113CC-113D0 113D2 "
+    "113E1-113E2 11F00-11F01 11F03 11F34-11F3A 11F3E-11F42 11F5A 13440 13447-13455 1611E-1612F 1E08F "
+    "1E4EC-1E4EF 1E5EE-1E5EF",
     "N": "10D40-10D49 116D0-116E3 11BF0-11BF9 11F50-11F59 16130-16139 16D70-16D79 1CCF0-1CCF9 1D2C0-1D2D3 "
     "1E4F0-1E4F9 1E5F1-1E5FA",
     "P": "1B4E-1B4F 1B7F 10D6E 113D4-113D5 113D7-113D8 11B00-11B09 11BE1 11F43-11F4F 16D6D-16D6F 1E5FF",
@@ -43,18 +53,18 @@ _ASSIGNED_SINCE_14 = {
 
 def _read_ranges() -> list[tuple[int, int, str]]:
     ranges = []
-    for letter, entries in _ASSIGNED_SINCE_14.items():
+    for category, entries in _ASSIGNED_SINCE_14.items():
         for entry in entries.split():
             first, _, last = entry.partition("-")
-            ranges.append((int(first, 16), int(last or first, 16), letter))
+            ranges.append((int(first, 16), int(last or first, 16), category))
     return sorted(ranges)
 
 
 _NEWER_RANGES = _read_ranges()
 
 
-def _newer_class(code: int) -> str:
-    """Class of a code point that this Python's Unicode tables do not know yet."""
+def _newer_category(code: int) -> str:
+    """Category of a code point that this Python's Unicode tables do not know yet."""
     i = bisect_right(_NEWER_RANGES, code, key=lambda entry: entry[0]) - 1
     return _NEWER_RANGES[i][2] if i >= 0 and code <= _NEWER_RANGES[i][1] else "C"
 
@@ -63,10 +73,15 @@ class _StandIns(dict[int, str]):
     """Table for `str.translate`; filled as characters are met, so nothing is scanned at start."""
 
     def __missing__(self, code: int) -> str:
-        category = unicodedata.category(chr(code))
-        letter = _newer_class(code) if category == "Cn" else category[0]
+        char = chr(code)
         # ſ folds to s, so it may stand in a contraction.
-        stand_in = chr(code) if code < 256 or code == ord("ſ") else _STAND_INS.get(letter, _OTHER)
+        if (code < 256 and char != _MARK) or char == "ſ":
+            stand_in = char
+        else:
+            category = unicodedata.category(char)
+            if category == "Cn":
+                category = _newer_category(code)
+            stand_in = _STAND_INS.get(category) or _STAND_INS.get(category[0], _OTHER)
         if len(self) < _REMEMBERED:
             self[code] = stand_in
         return stand_in
@@ -98,16 +113,35 @@ class Splitter:
         return words
 
 
+_CLASSES = {
+    "<L>": _LETTER,
+    "<U>": _UPPER + _CASELESS + _MARK,  # what may begin a word of mixed case, and what may end it
+    "<u>": _LOWER + _CASELESS + _MARK,
+    "<M>": _MARK,
+    "<N>": _NUMBER,
+    "<S>": _SPACE,
+    "<P>": _PUNCTUATION,
+}
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
-    for name, members in (("<L>", _LETTER), ("<N>", _NUMBER), ("<S>", _SPACE), ("<P>", _PUNCTUATION)):
+    for name, members in _CLASSES.items():
         pattern = pattern.replace(name, members)
     return re.compile(pattern)
 
 
-def _tiktoken_style(numbers: str) -> re.Pattern[str]:
+def _tiktoken_style(numbers: str, word: str = "<L>") -> re.Pattern[str]:
     return _compile(
-        rf"(?i:{_CONTRACTION})|[^\r\n<L><N>]?[<L>]+|{numbers}| ?[^<S><L><N>]+[\r\n]*"
+        rf"(?i:{_CONTRACTION})|[^\r\n<L><N>]?[{word}]+|{numbers}| ?[^<S>{word}<N>]+[\r\n]*"
         r"|[<S>]*[\r\n]+|[<S>]+(?![^<S>])|[<S>]+"
+    )
+
+
+def _by_case(numbers: str, contraction: str = "") -> re.Pattern[str]:
+    """Words that also end where upper case follows lower case."""
+    return _compile(
+        rf"[^\r\n<L><N>]?[<U>]*[<u>]+{contraction}|[^\r\n<L><N>]?[<U>]+[<u>]*{contraction}|{numbers}"
+        r"| ?[^<S><L><N>]+[\r\n/]*|[<S>]*[\r\n]+|[<S>]+(?![^<S>])|[<S>]+"
     )
 
 
@@ -131,6 +165,7 @@ SPLITTERS = (
             "exaone4",
             "gigachat",
             "mellum",
+            "a.x-4.0",
         ),
         _compile(rf"{_CONTRACTION}| ?[<L>]+| ?[<N>]+| ?[^<S><L><N>]+|[<S>]+(?![^<S>])|[<S>]+"),
     ),
@@ -141,11 +176,19 @@ SPLITTERS = (
         ignore_merges=True,
         add_bos=True,
     ),
-    Splitter("dbrx", ("smaug-bpe", "chatglm-bpe", "glm4"), _tiktoken_style("[<N>]{1,3}")),
+    Splitter("dbrx", ("smaug-bpe", "chatglm-bpe"), _tiktoken_style("[<N>]{1,3}")),
+    Splitter("glm4", ("glm5",), _tiktoken_style("[<N>]{1,3}"), ignore_merges=True),
     Splitter(
         "qwen2",
         ("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open", "grok-2", "kormo", "f2llmv2"),
         _tiktoken_style("[<N>]"),
+    ),
+    Splitter("qwen35", (), _tiktoken_style("[<N>]", word="<L><M>")),
+    Splitter("tekken", (), _by_case("[<N>]"), ignore_merges=True, add_bos=True),
+    Splitter(
+        "gpt-4o",
+        ("llama4", "kanana2", "talkie", "minimax-m2"),
+        _by_case("[<N>]{1,3}", contraction=f"(?i:{_CONTRACTION})?"),
     ),
     Splitter(
         "default",

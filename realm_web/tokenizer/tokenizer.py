@@ -5,16 +5,34 @@ Knows no model and no device. How plain text is split is the business of the enc
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from realm_web.errors import FormatError, RequestError, UnsupportedError
 from realm_web.tokenizer.bpe import BytePairEncoder
 from realm_web.tokenizer.pretokenize import find_splitter
+from realm_web.tokenizer.spm import PieceEncoder
 from realm_web.tokenizer.stream import StreamDecoder
 from realm_web.tokenizer.vocabulary import TokenType, Vocabulary, read_flag, read_string, string_array
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+# What SentencePiece's trainer gives these ids, for files that do not say.
+_SPM_DEFAULTS = {
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+_KINDS = "gpt2, that is byte-level BPE, and llama, that is SentencePiece BPE"
+
+# Phi-3 was trained with its special tokens taking the white space that follows them; a file says so by its
+# name only, as in llama.cpp.
+_STRIPPING_NAMES = ("phi-3", "phi3")
+_NEVER_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+_WHITE = re.compile("[ \t-\r]*")
+
+
+_SPECIAL = frozenset((TokenType.CONTROL, TokenType.UNKNOWN))
 
 
 class Encoder(Protocol):
@@ -39,7 +57,17 @@ class Tokenizer:
     'oh hi'
     """
 
-    def __init__(self, vocabulary: Vocabulary, encoder: Encoder, *, add_bos: bool, add_eos: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        *,
+        add_bos: bool,
+        add_eos: bool,
+        space_prefix: bool = False,
+        special_strips: bool = False,
+    ) -> None:
+        """`space_prefix`: the encoder puts a space before the text. `special_strips`: see Phi-3."""
         for flag, key, token in (
             (add_bos, "bos", vocabulary.bos_id),
             (add_eos, "eos", vocabulary.eos_id),
@@ -50,12 +78,14 @@ class Tokenizer:
         self.add_bos = add_bos
         self.add_eos = add_eos
         self._encoder = encoder
+        self._space_prefix = space_prefix
         self._bytes: dict[int, bytes] = {}
         # User-defined tokens are found in any text, control tokens only where the caller wants them parsed.
-        shown = [i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED]
-        hidden = [i for i in range(len(vocabulary.types)) if self.is_special(i)]
-        self._user_defined = _LongestMatch({vocabulary.tokens[i]: i for i in shown})
-        self._all_special = _LongestMatch({vocabulary.tokens[i]: i for i in shown + hidden})
+        shown = {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
+        hidden = {i for i, kind in enumerate(vocabulary.types) if kind in _SPECIAL}
+        self._cutting = shown | hidden  # tokens that text is cut at
+        self._user_defined = self._matcher(shown, special_strips)
+        self._all_special = self._matcher(shown | hidden, special_strips)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -64,18 +94,34 @@ class Tokenizer:
         Raises FormatError for malformed tables, UnsupportedError for a kind of tokenizer that we lack.
         """
         model = read_string(metadata, "model")
-        if model != "gpt2":
-            raise UnsupportedError(
-                f"tokenizer.ggml.model: {model!r} is not supported (supported: gpt2, that is byte-level BPE)"
-            )
-        splitter = find_splitter(read_string(metadata, "pre", "default"))
-        vocabulary = Vocabulary.from_metadata(metadata)
-        encoder = BytePairEncoder(vocabulary.ids, string_array(metadata, "merges"), splitter)
+        if model not in ("gpt2", "llama"):
+            raise UnsupportedError(f"tokenizer.ggml.model: {model!r} is not supported (supported: {_KINDS})")
+        name = read_string(metadata, "pre", "default")
+        # Of text-to-text vocabularies only Unigram ones collapse spaces, so the flag is checked and no more.
+        read_flag(metadata, "remove_extra_whitespaces", False)
+        space_prefix = read_flag(metadata, "add_space_prefix", model == "llama")
+        encoder: Encoder
+        if model == "gpt2":
+            splitter = find_splitter(name)
+            vocabulary = Vocabulary.from_metadata(metadata)
+            encoder = BytePairEncoder(vocabulary.ids, string_array(metadata, "merges"), splitter)
+            add_bos = splitter.add_bos and vocabulary.bos_id is not None
+            space_prefix = False  # byte-level vocabularies know no such thing, whatever the file says
+        else:
+            vocabulary = Vocabulary.from_metadata({**_SPM_DEFAULTS, **metadata})
+            if vocabulary.scores is None:
+                raise FormatError("tokenizer.ggml.scores is missing: without scores nothing can be merged")
+            encoder = PieceEncoder(vocabulary, vocabulary.scores, space_prefix=space_prefix)
+            add_bos = True
         return cls(
             vocabulary,
             encoder,
-            add_bos=read_flag(metadata, "add_bos_token", splitter.add_bos and vocabulary.bos_id is not None),
+            add_bos=read_flag(metadata, "add_bos_token", add_bos),
             add_eos=read_flag(metadata, "add_eos_token", False),
+            space_prefix=space_prefix,
+            special_strips=any(
+                part in str(metadata.get("general.name")).lower() for part in _STRIPPING_NAMES
+            ),
         )
 
     @property
@@ -105,7 +151,7 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether the token is control (or unknown): parsed only on request, no part of the text."""
-        return self.vocabulary.types[self._checked(token)] in (TokenType.CONTROL, TokenType.UNKNOWN)
+        return self.vocabulary.types[self._checked(token)] in _SPECIAL
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -130,12 +176,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of token ids; control tokens by name unless skipped, malformed UTF-8 as U+FFFD."""
+        """Text of token ids; control tokens by name unless skipped, malformed UTF-8 as U+FFFD.
+
+        The ids are a whole text: the space that `encode` puts before it, and after special tokens, is undone.
+        """
         piece = self.token_bytes if skip_special else self._visible_bytes
-        return b"".join(map(piece, ids)).decode("utf-8", "replace")
+        pieces = self._without_prefixes(ids, piece) if self._space_prefix else map(piece, ids)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """Decodes one sequence token by token, never half a character."""
+        """Decodes the continuation of a text token by token, never half a character.
+
+        A space that the first token begins with is part of the text: it parts it from what came before.
+        """
         return StreamDecoder(self.token_bytes if skip_special else self._visible_bytes)
 
     def token_bytes(self, token: int) -> bytes:
@@ -148,6 +201,18 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """The token's string as it stands in the vocabulary."""
         return self.vocabulary.tokens[self._checked(token)]
+
+    def _without_prefixes(self, ids: Iterable[int], piece: Callable[[int], bytes]) -> Iterator[bytes]:
+        at_beginning = True
+        for token in ids:
+            text = piece(token)
+            cuts = token in self._cutting
+            yield text.removeprefix(b" ") if at_beginning and not cuts else text
+            at_beginning = cuts
+
+    def _matcher(self, tokens: Iterable[int], special_strips: bool) -> "_LongestMatch":
+        ids = {self.vocabulary.tokens[token]: token for token in tokens}
+        return _LongestMatch(ids, strip_after=ids.keys() - {*_NEVER_STRIPPING} if special_strips else ())
 
     def _visible_bytes(self, token: int) -> bytes:
         return self.token_text(token).encode() if self.is_special(token) else self.token_bytes(token)
@@ -170,31 +235,48 @@ class Tokenizer:
 
 
 class _LongestMatch:
-    """Cuts known strings out of text: what begins first, and of those that begin there the longest."""
+    """Cuts known strings out of text: what begins first, and of those that begin there the longest.
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
+    White space after a string of `strip_after` is dropped.
+    """
+
+    def __init__(self, ids: Mapping[str, int], strip_after: Collection[str] = ()) -> None:
         self._ids = ids
+        self._strip_after = {ids[string] for string in strip_after}
         lengths: dict[str, set[int]] = {}
         for string in ids:
-            lengths.setdefault(string[0], set()).add(len(string))
-        # By first character: the lengths to try, longest first.
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-        self._first = re.compile("[" + "".join(map(re.escape, self._lengths)) + "]") if ids else None
+            lengths.setdefault(string[:2], set()).add(len(string))
+        # By the first two characters, or the only one: the lengths to try, longest first.
+        self._lengths = {
+            begin: sorted(found | lengths.get(begin[0], set()), reverse=True)
+            for begin, found in lengths.items()
+        }
+        seconds: dict[str, str] = {}
+        for begin in sorted(lengths):
+            seconds[begin[0]] = seconds.get(begin[0], "") + re.escape(begin[1:])
+        branches = (
+            re.escape(first) + ("" if first in lengths else f"(?=[{rest}])")
+            for first, rest in seconds.items()
+        )
+        self._begin = re.compile("|".join(branches)) if ids else None
 
     def split(self, text: str) -> Iterator[str | int]:
         """Pieces of text, none empty, and ids of the strings found between them."""
         done = 0
-        for candidate in self._first.finditer(text) if self._first else ():
+        for candidate in self._begin.finditer(text) if self._begin else ():
             begin = candidate.start()
             if begin < done:
                 continue
-            for length in self._lengths[candidate[0]]:
+            lengths = self._lengths.get(text[begin : begin + 2]) or self._lengths[text[begin]]
+            for length in lengths:
                 token = self._ids.get(text[begin : begin + length])
                 if token is not None:
                     if begin > done:
                         yield text[done:begin]
                     yield token
                     done = begin + length
+                    if token in self._strip_after:
+                        done = _WHITE.match(text, done).end()
                     break
         if done < len(text):
             yield text[done:]

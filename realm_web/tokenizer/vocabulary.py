@@ -102,6 +102,7 @@ class Vocabulary:
     tokens: Sequence[str]
     ids: dict[str, int]
     types: Sequence[int]  # TokenType, or a number that is none: neither special nor text
+    scores: Sequence[float] | None  # the higher the earlier a token is merged
     bos_id: int | None
     eos_id: int | None
     eot_id: int | None
@@ -122,7 +123,7 @@ class Vocabulary:
                 f"{_PREFIX}tokens: {tokens[twice]!r} stands at {twice} and at {ids[tokens[twice]]}"
             )
         types = _read_types(metadata, len(tokens))
-        _check_scores(metadata, len(tokens))
+        scores = _read_scores(metadata, len(tokens))
 
         def special(names: Sequence[str], *keys: str) -> int | None:
             """Id from the metadata, else of the first name that is a token; it then is a control token."""
@@ -155,6 +156,7 @@ class Vocabulary:
             tokens,
             ids,
             types,
+            scores,
             bos_id=special((), "bos_token_id"),
             eos_id=eos_id,
             eot_id=eot_id,
@@ -210,15 +212,16 @@ def _read_types(metadata: Mapping[str, Any], n_tokens: int) -> list[int]:
     return list(types)
 
 
-def _check_scores(metadata: Mapping[str, Any], n_tokens: int) -> None:
+def _read_scores(metadata: Mapping[str, Any], n_tokens: int) -> Sequence[float] | None:
     scores = _array(metadata, "scores")
     if scores is None:
-        return
+        return None
     if len(scores) != n_tokens:
         raise FormatError(f"{_PREFIX}scores: {len(scores)} entries for {n_tokens} tokens")
     for i, score in enumerate(scores):
         if not isinstance(score, (int, float)) or score != score:
             raise FormatError(f"{_PREFIX}scores[{i}]: a number is wanted, not {score!r}")
+    return scores
 
 
 def _read_id(metadata: Mapping[str, Any], key: str, n_tokens: int) -> int:

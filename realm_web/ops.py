@@ -72,7 +72,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class State:
-    """What a layer with a short convolution keeps of each slot's sequence: its last `length` values, (length, dim) f32."""
+    """What a short convolution keeps of each slot's sequence: its last `length` values, (length, dim) f32."""
 
     values: View
     length: int
@@ -231,11 +231,10 @@ class Recorder:
             self._add(merge, (self.step, parts, *extra, out), (n_heads, self.n_rows))
 
     def short_conv(self, bcx: Tensor, weight: Tensor, state: State, out: Tensor) -> None:
-        """out = c * conv(b * x) by channel, over what the state holds and this step's rows; the state moves on."""
+        """out = c * conv(b * x) by channel, over the state and this step's rows; moves the state on."""
         dim, l_cache = weight.shape
-        kernel = self.device.kernel(
-            "short_conv", dim=dim, l_cache=l_cache, stride=state.stride, st=self.layout
-        )  # fmt: skip
+        consts = {"dim": dim, "l_cache": l_cache, "stride": state.stride, "st": self.layout}
+        kernel = self.device.kernel("short_conv", **consts)
         self._add(kernel, (self.step, bcx, weight, state.values, out), (-(-dim // 256), self.n_rows))
 
     def adjust_logits(self, logits: Tensor, bias: Tensor, counts: Tensor) -> None:

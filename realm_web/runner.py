@@ -15,8 +15,9 @@ from realm_web.errors import DeviceError
 from realm_web.kvcache import BlockPool, alloc_pages
 from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable
+from realm_web.models.shortconv import States
 from realm_web.models.transformer import Transformer
-from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, query_tile
+from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, State, query_tile
 from realm_web.runtime.device import Device, Program
 from realm_web.sampler import SamplingParams
 from realm_web.scheduler import Batch, Request, SeqSlice
@@ -55,13 +56,13 @@ class Runner:
         ropes: Sequence[RopeTable],
     ):
         self.device, self.model = device, model
-        config = model.config
         self.max_rows, self.kv_type = max_rows, kv_type
         self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
         n_blocks = -(-context // BLOCK_SIZE)
         self.pool = BlockPool(n_blocks, BLOCK_SIZE)
         self.layout = StepLayout(_bucket_for(max_rows), max_seqs, n_blocks)
-        self.pages = [self._pages(layer.window) for layer in config.layers]
+        self._states = self._alloc_states()
+        self.memory = self._memory()
         self._step = device.alloc(4 * self.layout.n_words, "step")
         self._slots = device.alloc(4 * max_seqs, "slots")
         self._out = device.alloc(4 * _bucket_for(max_seqs), "sampled ids")
@@ -100,6 +101,20 @@ class Runner:
         self._write_step(batch, params, request_of)
         return self.device.submit(program)
 
+    async def read_state(self, slot: int) -> bytes:
+        """What the recurrent layers keep of the sequence in this slot, after all steps submitted so far.
+
+        With the sequence's pages it is all that a continuation needs. Empty for models without such layers.
+        """
+        return await self._states.read(slot) if self._states else b""
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """Put back what `read_state` gave, in any slot, ahead of the steps submitted from now on."""
+        if self._states:
+            self._states.write(slot, data)
+        elif data:
+            raise ValueError(f"a state of {len(data)} bytes for a model that has none")
+
     def forget(self) -> None:
         """The step buffer may hold anything: write it whole at the next step."""
         self._last = None
@@ -128,7 +143,7 @@ class Runner:
             device, program, layout, device.view(self._step), device.view(self._slots),
             bucket.n_rows, bucket.n_seqs, self._qt(bucket.n_rows), bucket.splits, self._arena,
         )  # fmt: skip
-        logits = self.model.record(recorder, self.pages, self._ropes)
+        logits = self.model.record(recorder, self.memory, self._ropes)
         counts = None
         if bucket.adjust:
             bias, counts = self._adjustment_tables()
@@ -144,16 +159,36 @@ class Runner:
         config = self.config
         if n_rows <= MATVEC_ROWS:
             return 1
-        return query_tile(self.device, config.n_heads // config.n_kv_heads, config.head_dim)
+        return query_tile(self.device, config.heads_per_kv, config.head_dim)
 
-    def _pages(self, window: int) -> Pages:
+    def _alloc_states(self) -> States | None:
+        config = self.config
+        n_layers = sum(not layer.n_kv_heads for layer in config.layers)
+        if not n_layers:
+            return None
+        max_seqs, length = self.layout.max_seqs, config.l_cache - 1
+        return States(self.device, max_seqs=max_seqs, n_layers=n_layers, length=length, dim=config.dim)
+
+    def _memory(self) -> list[Pages | State]:
+        """What each layer keeps of the sequences."""
+        memory: list[Pages | State] = []
+        n_states = 0
+        for layer in self.config.layers:
+            if layer.n_kv_heads:
+                memory.append(self._pages(layer.window, layer.n_kv_heads))
+            else:
+                memory.append(self._states.layer(n_states))
+                n_states += 1
+        return memory
+
+    def _pages(self, window: int, n_kv_heads: int) -> Pages:
         """Of a layer that sees everything (window 0) in the shared pool; of another, only what its window holds."""
         config, n_blocks = self.config, self.pool.n_blocks
         ring = -(-(window + self.max_rows) // BLOCK_SIZE) + 1
         if not window or ring * self.layout.max_seqs >= n_blocks:
             ring = 0
         return alloc_pages(
-            self.device, config.n_kv_heads, config.head_dim, n_blocks=n_blocks, block_size=BLOCK_SIZE,
+            self.device, n_kv_heads, config.head_dim, n_blocks=n_blocks, block_size=BLOCK_SIZE,
             dtype=self.kv_type, ring=ring, max_seqs=self.layout.max_seqs,
         )  # fmt: skip
 

@@ -19,6 +19,9 @@ ARCHITECTURES = {
     "phi3": Architecture(rope_neox=True, fused=True, global_every=1),
     "smollm3": Architecture(nope_every=4),
     "granite": Architecture(scales=True),
+    "lfm2": Architecture(
+        rope_neox=True, qk_norm="head", short_conv=True, global_every=1, final_norm="token_embd_norm"
+    ),
     "olmo2": Architecture(rope_neox=True, qk_norm="all", norms="post"),
 }
 

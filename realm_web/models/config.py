@@ -32,6 +32,8 @@ class Architecture:
     scales: bool = False  # Granite's embedding_scale, residual_scale and logit_scale
     global_every: int = 0  # with a sliding window: each so many-th layer sees everything; 0: none does
     local_rope_base: float = 0.0  # of the layers with a window, where they have their own
+    short_conv: bool = False  # layers without key-value heads are gated short convolutions
+    final_norm: str = "output_norm"  # what llama.cpp calls it
     nope_every: int = 0  # each so many-th layer has no rotation
     big_layers: int = 0  # of the size whose attention scale follows the embedding, not the head (Gemma's 27B)
 
@@ -42,6 +44,8 @@ class LayerKind:
 
     window: int  # tokens that attention sees, up to its own; 0: all
     rope: int  # index in ModelConfig.ropes, or -1: no rotation
+    n_heads: int
+    n_kv_heads: int  # 0: no attention, but a short convolution
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class ModelConfig:
     arch: Architecture
     dim: int
     ffn_dim: int
-    n_heads: int
+    n_heads: int  # the most that a layer has, as with n_kv_heads
     n_kv_heads: int
     head_dim: int
     n_vocab: int
@@ -68,6 +72,7 @@ class ModelConfig:
     rope_dim: int
     ropes: tuple[RopeConfig, ...]
     layers: tuple[LayerKind, ...]
+    l_cache: int  # values that a short convolution sees, with its own; 0 where there is none
     attention_scale: float
     attention_softcap: float
     logit_softcap: float
@@ -82,15 +87,21 @@ class ModelConfig:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in every layer, in float16."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * 2
+        return 2 * sum(layer.n_kv_heads for layer in self.layers) * self.head_dim * 2
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads that share a key-value head, in the layer where they are most."""
+        return max(layer.n_heads // layer.n_kv_heads for layer in self.layers if layer.n_kv_heads)
 
     @classmethod
     def from_metadata(cls, md: Metadata, arch: Architecture) -> ModelConfig:
         """FormatError for what is missing or contradictory, UnsupportedError for what we lack."""
         name = md.get_str("general.architecture")
-        shape = _read_shape(md, name)
-        dim, head_dim = shape["dim"], shape["head_dim"]
         n_layers = _count(md, f"{name}.block_count", maximum=4096)
+        heads = _read_heads(md, name, arch, n_layers)
+        shape = _read_shape(md, name, heads)
+        dim, head_dim = shape["dim"], shape["head_dim"]
         rope_dim = md.get_int(f"{name}.rope.dimension_count", head_dim, minimum=2, maximum=head_dim)
         if rope_dim % 2:
             raise FormatError(f"{name}.rope.dimension_count is {rope_dim}; it must be even")
@@ -114,7 +125,8 @@ class ModelConfig:
             norm_eps=md.get_float(f"{name}.attention.layer_norm_rms_epsilon", minimum=0.0, maximum=1.0),
             rope_dim=rope_dim,
             ropes=tuple(ropes),
-            layers=_layer_kinds(md, name, arch, n_layers, context),
+            layers=_layer_kinds(md, name, arch, heads, context),
+            l_cache=md.get_int(f"{name}.shortconv.l_cache", minimum=2, maximum=8) if arch.short_conv else 0,
             attention_scale=md.get_float(f"{name}.attention.scale", 0.0) or scale**-0.5,
             attention_softcap=md.get_float(f"{name}.attn_logit_softcapping", 0.0, minimum=0.0),
             logit_softcap=md.get_float(f"{name}.final_logit_softcapping", 0.0, minimum=0.0),
@@ -129,14 +141,40 @@ def _count(md: Metadata, key: str, default: int | None = None, maximum: int = BI
     return md.get_int(key, **bounds) if default is None else md.get_int(key, default, **bounds)
 
 
-def _read_shape(md: Metadata, name: str) -> dict[str, int]:
+def _read_heads(md: Metadata, name: str, arch: Architecture, n_layers: int) -> list[tuple[int, int]]:
+    """Attention heads and key-value heads of each layer; (.., 0) is a layer without attention."""
+    key = f"{name}.attention.head_count"
+    n_heads = _by_layer(md, key, n_layers, 1)
+    n_kv_heads = _by_layer(md, key + "_kv", n_layers, 0 if arch.short_conv else 1, n_heads)
+    heads = list(zip(n_heads, n_kv_heads, strict=True))
+    if not any(n_kv_heads):
+        raise UnsupportedError(f"metadata {key}_kv is 0 for all layers; supported are models with attention")
+    for n, n_kv in heads:
+        if n_kv and n % n_kv:
+            raise FormatError(f"{n} attention heads cannot share {n_kv} key-value heads evenly")
+    return heads
+
+
+def _by_layer(
+    md: Metadata, key: str, n_layers: int, minimum: int, default: list[int] | None = None
+) -> list[int]:
+    """A number for each layer, from one for all of them or from a list."""
+    if key not in md and default is not None:
+        return default
+    if not isinstance(md.get(key), list):
+        return [md.get_int(key, minimum=minimum, maximum=BIG)] * n_layers
+    values = md.get_list(key, int, length=n_layers)
+    for i, value in enumerate(values):
+        if not minimum <= value <= BIG:
+            raise FormatError(f"metadata {key}: element {i} is {value}; it must be {minimum} to {BIG}")
+    return values
+
+
+def _read_shape(md: Metadata, name: str, heads: list[tuple[int, int]]) -> dict[str, int]:
     if md.get_int(f"{name}.expert_count", 0):
         raise UnsupportedError(f"{name} models with experts (expert_count) are not supported")
-    dim, n_heads = _count(md, f"{name}.embedding_length"), _count(md, f"{name}.attention.head_count")
-    n_kv_heads = _count(md, f"{name}.attention.head_count_kv", n_heads)
-    ffn_dim = _count(md, f"{name}.feed_forward_length")
-    if n_heads % n_kv_heads:
-        raise FormatError(f"{n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly")
+    dim, ffn_dim = _count(md, f"{name}.embedding_length"), _count(md, f"{name}.feed_forward_length")
+    n_heads, n_kv_heads = (max(counts) for counts in zip(*heads, strict=True))
     if f"{name}.attention.key_length" not in md and dim % n_heads:
         raise FormatError(f"embedding_length {dim} is not a multiple of head_count {n_heads}")
     head_dim = _count(md, f"{name}.attention.key_length", max(1, dim // n_heads))
@@ -144,7 +182,7 @@ def _read_shape(md: Metadata, name: str) -> dict[str, int]:
         raise UnsupportedError(f"{name}: value_length differs from key_length {head_dim}; they must be equal")
     if head_dim % 8 or head_dim > 512:
         raise UnsupportedError(f"heads of {head_dim} elements: supported are multiples of 8 up to 512")
-    group = n_heads // n_kv_heads
+    group = max(n // n_kv for n, n_kv in heads if n_kv)
     if group * head_dim > 4096:
         raise UnsupportedError(
             f"{group} query heads of {head_dim} on one key-value head: supported are {4096 // head_dim}"
@@ -152,10 +190,11 @@ def _read_shape(md: Metadata, name: str) -> dict[str, int]:
     for key, value in (("embedding_length", dim), ("feed_forward_length", ffn_dim)):
         if value % 32:
             raise UnsupportedError(f"{name}.{key} is {value}; supported are multiples of 32")
-    if n_heads * head_dim % 32:
-        raise UnsupportedError(
-            f"{n_heads} heads of {head_dim}: supported are products that are multiples of 32"
-        )
+    for n in {n for n, n_kv in heads if n_kv}:
+        if n * head_dim % 32:
+            raise UnsupportedError(
+                f"{n} heads of {head_dim}: supported are products that are multiples of 32"
+            )
     return {
         "dim": dim,
         "ffn_dim": ffn_dim,
@@ -178,7 +217,7 @@ def _n_vocab(md: Metadata, name: str) -> int:
 
 
 def _layer_kinds(
-    md: Metadata, name: str, arch: Architecture, n_layers: int, context: int
+    md: Metadata, name: str, arch: Architecture, heads: list[tuple[int, int]], context: int
 ) -> tuple[LayerKind, ...]:
     key = f"{name}.attention.sliding_window"
     window = 0
@@ -188,11 +227,11 @@ def _layer_kinds(
             window = 0
     every = arch.global_every
     kinds = []
-    for i in range(n_layers):
+    for i, (n_heads, n_kv_heads) in enumerate(heads):
         local = bool(window) and (i + 1) % every != 0 if every > 1 else bool(window)
         in_pattern = every > 1 and (i + 1) % every != 0
         rope = 1 if arch.local_rope_base and in_pattern else 0
         if arch.nope_every and (i + 1) % arch.nope_every == 0:
             rope = -1
-        kinds.append(LayerKind(window if local else 0, rope))
+        kinds.append(LayerKind(window if local else 0, rope, n_heads, n_kv_heads))
     return tuple(kinds)

@@ -1,6 +1,6 @@
-"""The gated short convolution of LFM2: in place of attention, with the sequence's last few values as its state.
+"""The gated short convolution of LFM2, in place of attention; its state is the sequence's last few values.
 
-b, c, x = in_proj(input); output = out_proj(c * conv(b * x)), where conv is causal and runs over each channel by itself.
+b, c, x = in_proj(input); output = out_proj(c * conv(b * x)); conv is causal and of each channel by itself.
 Knows slots; knows neither requests nor what the other layers keep.
 """
 
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 
 from realm_web.ops import Recorder, State
 from realm_web.runtime.device import Device
-from realm_web.tensor import Tensor
+from realm_web.tensor import PART_ALIGNMENT, Tensor
 
 if TYPE_CHECKING:
     from realm_web.models.transformer import Linear
-
-ALIGNMENT = 256  # the largest offset alignment that WebGPU allows an adapter to ask for
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class ShortConv:
 
 
 class States:
-    """The states of a model's short convolutions, (max_seqs, n_layers, length, dim) f32: a slot's are in one piece."""
+    """The states of all layers, (max_seqs, n_layers, length, dim) f32: those of a slot are in one piece."""
 
     def __init__(self, device: Device, *, max_seqs: int, n_layers: int, length: int, dim: int):
         self._device, self._length, self._max_seqs = device, length, max_seqs
-        self._layer_bytes = -(-4 * length * dim // ALIGNMENT) * ALIGNMENT
+        self._layer_bytes = -(-4 * length * dim // PART_ALIGNMENT) * PART_ALIGNMENT
         self.slot_bytes = n_layers * self._layer_bytes
         self._buffer = device.alloc(max_seqs * self.slot_bytes, "states of the short convolutions")
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, TensorInfo
 from realm_web.models.config import LayerKind, ModelConfig
-from realm_web.ops import Pages, Recorder, Rope
+from realm_web.models.shortconv import ShortConv
+from realm_web.ops import Pages, Recorder, Rope, State
 from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight, rows_per_shard
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-OF_MODEL = {"token_embd.weight", "output.weight", "output_norm.weight", *ROPE_FACTORS}
+OF_MODEL = {"token_embd.weight", "output.weight", *ROPE_FACTORS}
 # copies that some files hold in every layer
 IGNORED = {
     "rope_freqs.weight",
@@ -49,11 +50,16 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Layer:
-    attn_norm: Tensor | None
+class Attention:
     qkv: Linear
     qk_norm: tuple[Tensor, Tensor] | None
-    attn_output: Linear
+    output: Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    attn_norm: Tensor | None
+    mixer: Attention | ShortConv
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
     gate_up: Linear
@@ -72,7 +78,7 @@ class Transformer:
         c = config
         self.token_embd = self._matrix("token_embd.weight", c.n_vocab, c.dim)
         self.layers = [self._layer(i) for i in range(c.n_layers)]
-        self.output_norm = self._vector("output_norm.weight", c.dim)
+        self.output_norm = self._vector(final_norm(c, gguf), c.dim)
         tied = "output.weight" not in gguf.tensors
         self.output = self.token_embd if tied else self._matrix("output.weight", c.n_vocab, c.dim)
 
@@ -89,16 +95,22 @@ class Transformer:
             del read[id(self.token_embd)]
         return sum(read.values())
 
-    def record(self, r: Recorder, pages: list[Pages], ropes: list[Rope]) -> Tensor:
+    def record(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:
         """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn.
 
+        `memory` is what each layer keeps of the sequences: pages of attention, states of short convolutions.
         `ropes` holds one for each of config.ropes, and last the one that does not rotate.
         """
         c = self.config
         x = r.scratch("x", r.n_rows, c.dim)
         r.embed(self.token_embd, x, c.embedding_scale)
-        for layer, kind, layer_pages in zip(self.layers, c.layers, pages, strict=True):
-            self._record_attention(r, layer, kind, x, layer_pages, ropes[kind.rope])
+        for layer, kind, kept in zip(self.layers, c.layers, memory, strict=True):
+            normed = self._normed(r, layer.attn_norm, x)
+            if isinstance(layer.mixer, ShortConv):
+                mixed = layer.mixer.record(r, normed, kept)
+            else:
+                mixed = self._record_attention(r, layer.mixer, kind, normed, kept, ropes[kind.rope])
+            self._add(r, layer.mixer.output, mixed, layer.attn_post_norm, x)
             self._record_ffn(r, layer, x)
         last = r.scratch("last", r.n_seqs, c.dim)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
@@ -107,22 +119,22 @@ class Transformer:
         return logits
 
     def _record_attention(
-        self, r: Recorder, layer: Layer, kind: LayerKind, x: Tensor, pages: Pages, rope: Rope
-    ) -> None:  # fmt: skip
-        c = self.config
-        qkv = r.scratch("qkv", r.n_rows, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim)
-        q = r.scratch("q", r.n_rows, c.n_heads * c.head_dim)
-        attended = r.scratch("attended", r.n_rows, c.n_heads * c.head_dim)
-        layer.qkv.record(r, self._normed(r, layer.attn_norm, x), qkv)
-        if layer.qk_norm:
-            slices = (c.n_heads, c.n_kv_heads) if c.arch.qk_norm == "head" else (1, 1)
-            r.qk_norm(qkv, *layer.qk_norm, *slices, c.norm_eps)
-        r.rope_store(qkv, rope, q, pages, n_heads=c.n_heads)
+        self, r: Recorder, attention: Attention, kind: LayerKind, x: Tensor, pages: Pages, rope: Rope
+    ) -> Tensor:  # fmt: skip
+        c, n_heads = self.config, kind.n_heads
+        qkv = r.scratch("qkv", r.n_rows, attention.qkv.n)
+        q = r.scratch("q", r.n_rows, n_heads * c.head_dim)
+        attended = r.scratch("attended", r.n_rows, n_heads * c.head_dim)
+        attention.qkv.record(r, x, qkv)
+        if attention.qk_norm:
+            slices = (n_heads, kind.n_kv_heads) if c.arch.qk_norm == "head" else (1, 1)
+            r.qk_norm(qkv, *attention.qk_norm, *slices, c.norm_eps)
+        r.rope_store(qkv, rope, q, pages, n_heads=n_heads)
         r.attention(
-            q, pages, attended, n_heads=c.n_heads, scale=c.attention_scale, window=kind.window,
+            q, pages, attended, n_heads=n_heads, scale=c.attention_scale, window=kind.window,
             softcap=c.attention_softcap,
         )  # fmt: skip
-        self._add(r, layer.attn_output, attended, layer.attn_post_norm, x)
+        return attended
 
     def _record_ffn(self, r: Recorder, layer: Layer, x: Tensor) -> None:
         c = self.config
@@ -155,26 +167,40 @@ class Transformer:
 
     def _layer(self, i: int) -> Layer:
         c, at = self.config, f"blk.{i}."
-        heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         gate_up, fused_act = self._gate_up(at)
         pre, post = c.arch.norms in ("pre", "both"), c.arch.norms in ("post", "both")
-        qkv = {"attn_qkv": heads + 2 * kv} if c.arch.fused else {"attn_q": heads, "attn_k": kv, "attn_v": kv}
-        lengths = {"": None, "head": (c.head_dim, c.head_dim), "all": (heads, kv)}[c.arch.qk_norm]
         return Layer(
             attn_norm=self._vector(at + "attn_norm.weight", c.dim) if pre else None,
-            qkv=self._linear(at, qkv, c.dim),
-            qk_norm=lengths
-            and (
-                self._vector(at + "attn_q_norm.weight", lengths[0]),
-                self._vector(at + "attn_k_norm.weight", lengths[1]),
-            ),
-            attn_output=self._linear(at, {"attn_output": c.dim}, heads),
+            mixer=self._attention(at, c.layers[i]) if c.layers[i].n_kv_heads else self._short_conv(at),
             attn_post_norm=self._vector(at + "post_attention_norm.weight", c.dim) if post else None,
             ffn_norm=self._vector(at + "ffn_norm.weight", c.dim) if pre else None,
             gate_up=gate_up,
             fused_act=fused_act,
             ffn_down=self._linear(at, {"ffn_down": c.dim}, c.ffn_dim),
             ffn_post_norm=self._vector(at + "post_ffw_norm.weight", c.dim) if post else None,
+        )
+
+    def _attention(self, at: str, kind: LayerKind) -> Attention:
+        c = self.config
+        heads, kv = kind.n_heads * c.head_dim, kind.n_kv_heads * c.head_dim
+        qkv = {"attn_qkv": heads + 2 * kv} if c.arch.fused else {"attn_q": heads, "attn_k": kv, "attn_v": kv}
+        lengths = {"": None, "head": (c.head_dim, c.head_dim), "all": (heads, kv)}[c.arch.qk_norm]
+        return Attention(
+            qkv=self._linear(at, qkv, c.dim),
+            qk_norm=lengths
+            and (
+                self._vector(at + "attn_q_norm.weight", lengths[0]),
+                self._vector(at + "attn_k_norm.weight", lengths[1]),
+            ),
+            output=self._linear(at, {"attn_output": c.dim}, heads),
+        )
+
+    def _short_conv(self, at: str) -> ShortConv:
+        c = self.config
+        return ShortConv(
+            in_proj=self._linear(at, {"shortconv.in_proj": 3 * c.dim}, c.dim),
+            conv=self._small(at + "shortconv.conv.weight", (c.dim, c.l_cache)),
+            output=self._linear(at, {"shortconv.out_proj": c.dim}, c.dim),
         )
 
     def _gate_up(self, at: str) -> tuple[Linear, bool]:
@@ -224,8 +250,12 @@ class Transformer:
         return weight
 
     def _vector(self, name: str, n: int) -> Tensor:
-        self._gguf.tensor(name, (n,))
-        tensor = Tensor.alloc(self._device, (n,), "f32", name)
+        return self._small(name, (n,))
+
+    def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor that is kept in float32."""
+        self._gguf.tensor(name, shape[::-1])
+        tensor = Tensor.alloc(self._device, shape, "f32", name)
         self.targets[name] = Target(tensor, 0)
         return tensor
 
@@ -245,20 +275,35 @@ def check_tensors(config: ModelConfig, gguf: GGUFFile) -> None:
     for name in gguf.tensors:
         head, _, rest = name.partition(".")
         layer, _, part = rest.partition(".")
-        if name in OF_MODEL or part in IGNORED:
+        if name in OF_MODEL or part in IGNORED or name == final_norm(config, gguf):
             continue
-        if head != "blk" or part.rpartition(".")[0] not in _layer_tensors(config):
+        if head == "blk" and (not layer.isdecimal() or int(layer) >= config.n_layers):
+            raise FormatError(f"tensor {name!r} is of a layer beyond block_count {config.n_layers}")
+        if head != "blk" or not _has_tensor(config, config.layers[int(layer)], part):
             raise UnsupportedError(
                 f"tensor {name!r} is not one that the {config.architecture} architecture has here"
             )
-        if not layer.isdecimal() or int(layer) >= config.n_layers:
-            raise FormatError(f"tensor {name!r} is of a layer beyond block_count {config.n_layers}")
 
 
-def _layer_tensors(config: ModelConfig) -> set[str]:
+def final_norm(config: ModelConfig, gguf: GGUFFile) -> str:
+    """The name of the norm before the output: the architecture's, or the usual one of some converters."""
+    usual = "output_norm.weight"
+    return usual if usual in gguf.tensors else f"{config.arch.final_norm}.weight"
+
+
+def _has_tensor(config: ModelConfig, kind: LayerKind, part: str) -> bool:
+    stem, _, role = part.rpartition(".")
+    biased = role == "bias" and not stem.endswith(("norm", ".conv"))
+    return (role == "weight" or biased) and stem in _layer_tensors(config, kind)
+
+
+def _layer_tensors(config: ModelConfig, kind: LayerKind) -> set[str]:
     arch = config.arch
-    names = {"attn_output", "ffn_up", "ffn_down"}
-    names |= {"attn_qkv"} if arch.fused else {"attn_q", "attn_k", "attn_v", "ffn_gate"}
+    names = {"ffn_up", "ffn_down"} | (set() if arch.fused else {"ffn_gate"})
+    if kind.n_kv_heads:
+        names |= {"attn_output"} | ({"attn_qkv"} if arch.fused else {"attn_q", "attn_k", "attn_v"})
+        names |= {"attn_q_norm", "attn_k_norm"} if arch.qk_norm else set()
+    else:
+        names |= {"shortconv.in_proj", "shortconv.conv", "shortconv.out_proj"}
     names |= {"attn_norm", "ffn_norm"} if arch.norms != "post" else set()
-    names |= {"post_attention_norm", "post_ffw_norm"} if arch.norms != "pre" else set()
-    return names | ({"attn_q_norm", "attn_k_norm"} if arch.qk_norm else set())
+    return names | ({"post_attention_norm", "post_ffw_norm"} if arch.norms != "pre" else set())

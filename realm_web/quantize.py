@@ -25,6 +25,10 @@ from realm_web.quants import FORMATS
 
 TILE = 1 << 16  # weights; the search holds some six arrays of this size
 TINY = np.float32(1e-15)  # a group without a larger weight counts as zero, as in ggml
+LARGEST = 1e8  # beyond what any float16 scale gives, and sums of cubes are still finite
+
+_TOO_LARGE = "the weights are too large for this type, whose scales end at 65504; use F32 or BF16"
+_WIDE = ("F32", "BF16", "MXFP4")  # with exponents of 8 bits
 
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -40,7 +44,7 @@ def quantize(format_name: str, weights: np.ndarray) -> np.ndarray:
             f"{format_name} takes float32 (n, k) with k a multiple of {fmt.block_elements}, "
             f"not {weights.dtype} {weights.shape}"
         )
-    _check_finite(weights)
+    _check_range(format_name, weights)
     blocks = weights.reshape(-1, fmt.block_elements)
     out = np.empty((blocks.shape[0], fmt.block_bytes), np.uint8)
     step = TILE // fmt.block_elements
@@ -51,10 +55,12 @@ def quantize(format_name: str, weights: np.ndarray) -> np.ndarray:
     return out
 
 
-def _check_finite(weights: np.ndarray) -> None:
-    finite = np.isfinite(weights)
-    if not finite.all():
-        raise FormatError(f"a weight is {weights[~finite][0]}; every weight must be finite")
+def _check_range(format_name: str, weights: np.ndarray) -> None:
+    largest = max(weights.max(initial=0), -weights.min(initial=0))  # NaN if any weight is
+    if not np.isfinite(largest):
+        raise FormatError(f"a weight is {'infinite' if largest > 0 else 'NaN'}; every weight must be finite")
+    if largest > LARGEST and format_name not in _WIDE:
+        raise FormatError(_TOO_LARGE)
 
 
 # -- pieces of blocks -----------------------------------------------------------------------------------
@@ -64,7 +70,7 @@ def _half(values: np.ndarray) -> np.ndarray:
     """float32 to float16; FormatError where that overflows."""
     half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise FormatError("the weights are too large for this type: its scales end at 65504; use F32 or BF16")
+        raise FormatError(_TOO_LARGE)
     return half
 
 
@@ -235,8 +241,8 @@ def _mxfp4(x: np.ndarray) -> np.ndarray:
     largest = np.abs(x).max(0)
     exponent = np.floor(np.log2(largest)) - 2 + 127  # log2 in float32 as in ggml, also next to powers of two
     exponent = np.clip(np.where(largest > 0, exponent, 0), 0, 254)
-    doubled = x * np.exp2(129 - exponent.astype(np.float64)).astype(np.float32)  # d is 2 ** (exponent - 128)
-    codes = _E2M1_CODES[np.minimum(np.ceil(np.abs(doubled)), 25).astype(np.int8)]
+    quarter = np.abs(x) * np.exp2(127 - exponent)  # d is 2 ** (exponent - 128)
+    codes = _E2M1_CODES[np.minimum(np.ceil(4 * quarter), 25).astype(np.int8)]
     codes |= ((x < 0) & (codes > 0)).view(np.uint8) << np.uint8(3)
     return np.concatenate([exponent.astype(np.uint8)[None], _nibbles(codes.reshape(2, 16, -1))])
 

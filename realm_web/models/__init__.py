@@ -14,7 +14,8 @@ ARCHITECTURES = {
     "llama": Architecture(),  # and Mistral, SmolLM 2
     "qwen2": Architecture(rope_neox=True),
     "qwen3": Architecture(rope_neox=True, qk_norm="head"),
-    "gemma2": Architecture(**GEMMA, global_every=2, big_layers=46),
+    "qwen3moe": Architecture(rope_neox=True, qk_norm="head", experts=True),
+    "gemma2": Architecture(**GEMMA, global_every=2, window=4096, big_layers=46),
     "gemma3": Architecture(**GEMMA, qk_norm="head", global_every=6, local_rope_base=10000.0, big_layers=62),
     "phi3": Architecture(rope_neox=True, fused=True, global_every=1),
     "smollm3": Architecture(nope_every=4),
@@ -22,7 +23,13 @@ ARCHITECTURES = {
     "lfm2": Architecture(
         rope_neox=True, qk_norm="head", short_conv=True, global_every=1, final_norm="token_embd_norm"
     ),
-    "olmo2": Architecture(rope_neox=True, qk_norm="all", norms="post"),
+    "gpt-oss": Architecture(
+        rope_neox=True, experts=True, act="swiglu_oai", sinks=True, global_every=2, ffn_norm="post_attention_norm",
+        yarn_whole_pairs=False,
+    ),
+    "olmo2": Architecture(  # and OLMo 3, which has windows
+        rope_neox=True, qk_norm="all", norms="post", global_every=4, local_rope_base=0.0
+    ),
 }
 
 

@@ -1,7 +1,7 @@
-"""What the metadata of a GGUF file says about the shape of its model; every value is checked, and named when wrong.
+"""What the metadata of a GGUF file says about the shape of its model; each value is checked, named when wrong.
 
-`Architecture` says what the metadata does not: how decoders of one name differ from others. The table of them is in
-`models/__init__.py`.
+`Architecture` says what the metadata does not: how decoders of one name differ from others. The table of them
+is in `models/__init__.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from realm_web.gguf import Metadata
 from realm_web.models.rope import RopeScaling, read_scaling
 
 BIG = 1 << 24  # more layers, heads or rows than this is a broken file
+MAX_EXPERTS = 1024  # whose logits the router's kernel keeps in workgroup memory, with room to spare
+SOFTMAX, SOFTMAX_OF_CHOSEN = 1, 3  # expert_gating_func as llama.cpp numbers them
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,19 @@ class Architecture:
     norms: Literal["pre", "post", "both"] = (
         "pre"  # before attention and ffn, after them (on what they add), or both
     )
-    act: Literal["silu_mul", "gelu_mul"] = "silu_mul"
+    ffn_norm: str = "ffn_norm"  # what llama.cpp calls the norm before the ffn
+    act: Literal["silu_mul", "gelu_mul", "swiglu_oai"] = "silu_mul"
+    experts: bool = False  # a mixture of experts in every layer
+    sinks: bool = False  # a logit per head that takes its share of attention and gives nothing
+    yarn_whole_pairs: bool = True  # as most; else the ends of YaRN's ramp may lie between two pairs
     fused: bool = False  # attn_qkv and a gate-and-up ffn_up in the file
     embed_by_dim: bool = False  # embeddings times the square root of their length
     scales: bool = False  # Granite's embedding_scale, residual_scale and logit_scale
-    global_every: int = 0  # with a sliding window: each so many-th layer sees everything; 0: none does
-    local_rope_base: float = 0.0  # of the layers with a window, where they have their own
+    # where there is a sliding window, each so many-th layer sees everything; 1: all have it; 0: no windows
+    global_every: int = 0
+    window: int = 0  # where the metadata does not say
+    # of the layers with a window, where they have their own, never scaled; 0: the base of the others
+    local_rope_base: float | None = None
     short_conv: bool = False  # layers without key-value heads are gated short convolutions
     final_norm: str = "output_norm"  # what llama.cpp calls it
     nope_every: int = 0  # each so many-th layer has no rotation
@@ -55,6 +64,17 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixture of experts of a layer."""
+
+    n_experts: int
+    n_used: int  # for each token
+    ffn_dim: int  # of one expert
+    renormalise: bool  # the weights of the chosen add up to 1, rather than those of all
+    scale: float  # of the weights
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shapes and constants of a decoder, in the field's words. Lengths are in elements."""
 
@@ -62,7 +82,8 @@ class ModelConfig:
     name: str
     arch: Architecture
     dim: int
-    ffn_dim: int
+    ffn_dim: int  # of an expert, where there are experts
+    experts: ExpertsConfig | None
     n_heads: int  # the most that a layer has, as with n_kv_heads
     n_kv_heads: int
     head_dim: int
@@ -100,19 +121,20 @@ class ModelConfig:
         name = md.get_str("general.architecture")
         n_layers = _count(md, f"{name}.block_count", maximum=4096)
         heads = _read_heads(md, name, arch, n_layers)
-        shape = _read_shape(md, name, heads)
+        experts = _read_experts(md, name, arch)
+        shape = _read_shape(md, name, heads, experts)
         dim, head_dim = shape["dim"], shape["head_dim"]
         rope_dim = md.get_int(f"{name}.rope.dimension_count", head_dim, minimum=2, maximum=head_dim)
         if rope_dim % 2:
             raise FormatError(f"{name}.rope.dimension_count is {rope_dim}; it must be even")
         context = _count(md, f"{name}.context_length", maximum=1 << 30)
-        base = md.get_float(f"{name}.rope.freq_base", 10000.0, minimum=1.0)
-        ropes = [RopeConfig(base, read_scaling(md, name, context))]
-        if arch.local_rope_base:
-            local = md.get_float(f"{name}.rope.freq_base_swa", arch.local_rope_base, minimum=1.0)
+        base = md.get_float(f"{name}.rope.freq_base", 10000.0, minimum=2.0)
+        ropes = [RopeConfig(base, read_scaling(md, name, context, whole_pairs=arch.yarn_whole_pairs))]
+        if arch.local_rope_base is not None:
+            local = md.get_float(f"{name}.rope.freq_base_swa", arch.local_rope_base or base, minimum=2.0)
             ropes.append(RopeConfig(local, RopeScaling()))
         scale = dim // shape["n_heads"] if n_layers == arch.big_layers else head_dim
-        scales = {key: 1.0 for key in ("embedding_scale", "residual_scale", "logit_scale")}
+        scales = dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), 1.0)
         if arch.scales:
             scales = {key: md.get_float(f"{name}.{key}", 1.0, minimum=1e-6, maximum=1e6) for key in scales}
         return cls(
@@ -120,6 +142,7 @@ class ModelConfig:
             name=md.get_str("general.name", name),
             arch=arch,
             **shape,
+            experts=experts,
             n_vocab=_n_vocab(md, name),
             context_length=context,
             norm_eps=md.get_float(f"{name}.attention.layer_norm_rms_epsilon", minimum=0.0, maximum=1.0),
@@ -127,7 +150,7 @@ class ModelConfig:
             ropes=tuple(ropes),
             layers=_layer_kinds(md, name, arch, heads, context),
             l_cache=md.get_int(f"{name}.shortconv.l_cache", minimum=2, maximum=8) if arch.short_conv else 0,
-            attention_scale=md.get_float(f"{name}.attention.scale", 0.0) or scale**-0.5,
+            attention_scale=md.get_float(f"{name}.attention.scale", 0.0, minimum=0.0) or scale**-0.5,
             attention_softcap=md.get_float(f"{name}.attn_logit_softcapping", 0.0, minimum=0.0),
             logit_softcap=md.get_float(f"{name}.final_logit_softcapping", 0.0, minimum=0.0),
             embedding_scale=math.sqrt(dim) if arch.embed_by_dim else scales["embedding_scale"],
@@ -170,10 +193,35 @@ def _by_layer(
     return values
 
 
-def _read_shape(md: Metadata, name: str, heads: list[tuple[int, int]]) -> dict[str, int]:
-    if md.get_int(f"{name}.expert_count", 0):
-        raise UnsupportedError(f"{name} models with experts (expert_count) are not supported")
-    dim, ffn_dim = _count(md, f"{name}.embedding_length"), _count(md, f"{name}.feed_forward_length")
+def _read_experts(md: Metadata, name: str, arch: Architecture) -> ExpertsConfig | None:
+    if not arch.experts:
+        if md.get_int(f"{name}.expert_count", 0):
+            raise UnsupportedError(f"{name} models with experts (expert_count) are not supported")
+        return None
+    n_experts = _count(md, f"{name}.expert_count", maximum=MAX_EXPERTS)
+    n_used = _count(md, f"{name}.expert_used_count")
+    if n_used > n_experts:
+        raise FormatError(f"{name}.expert_used_count is {n_used}, but expert_count is {n_experts}")
+    gating = md.get_int(f"{name}.expert_gating_func", SOFTMAX, minimum=0)
+    if gating not in (SOFTMAX, SOFTMAX_OF_CHOSEN):
+        raise UnsupportedError(
+            f"{name}.expert_gating_func is {gating}; supported are {SOFTMAX} and {SOFTMAX_OF_CHOSEN} (softmax)"
+        )
+    return ExpertsConfig(
+        n_experts=n_experts,
+        n_used=n_used,
+        ffn_dim=_count(md, f"{name}.expert_feed_forward_length"),
+        # the softmax of the chosen is that of all, renormalised
+        renormalise=gating == SOFTMAX_OF_CHOSEN or md.get_bool(f"{name}.expert_weights_norm", True),
+        scale=md.get_float(f"{name}.expert_weights_scale", 0.0, minimum=0.0, maximum=1e6) or 1.0,
+    )
+
+
+def _read_shape(
+    md: Metadata, name: str, heads: list[tuple[int, int]], experts: ExpertsConfig | None
+) -> dict[str, int]:
+    ffn_key = "expert_feed_forward_length" if experts else "feed_forward_length"
+    dim, ffn_dim = _count(md, f"{name}.embedding_length"), _count(md, f"{name}.{ffn_key}")
     n_heads, n_kv_heads = (max(counts) for counts in zip(*heads, strict=True))
     if f"{name}.attention.key_length" not in md and dim % n_heads:
         raise FormatError(f"embedding_length {dim} is not a multiple of head_count {n_heads}")
@@ -187,7 +235,7 @@ def _read_shape(md: Metadata, name: str, heads: list[tuple[int, int]]) -> dict[s
         raise UnsupportedError(
             f"{group} query heads of {head_dim} on one key-value head: supported are {4096 // head_dim}"
         )
-    for key, value in (("embedding_length", dim), ("feed_forward_length", ffn_dim)):
+    for key, value in (("embedding_length", dim), (ffn_key, ffn_dim)):
         if value % 32:
             raise UnsupportedError(f"{name}.{key} is {value}; supported are multiples of 32")
     for n in {n for n, n_kv in heads if n_kv}:
@@ -219,19 +267,30 @@ def _n_vocab(md: Metadata, name: str) -> int:
 def _layer_kinds(
     md: Metadata, name: str, arch: Architecture, heads: list[tuple[int, int]], context: int
 ) -> tuple[LayerKind, ...]:
-    key = f"{name}.attention.sliding_window"
-    window = 0
-    if arch.global_every and key in md:
-        window = md.get_int(key, minimum=1, maximum=BIG)
-        if window >= context:
-            window = 0
-    every = arch.global_every
+    windows = _read_windows(md, name, arch, len(heads))
+    # Granite's models without positions say so by this key, as llama.cpp reads it
+    rotates = not arch.scales or md.get_bool(f"{name}.rope.scaling.finetuned", True)
     kinds = []
     for i, (n_heads, n_kv_heads) in enumerate(heads):
-        local = bool(window) and (i + 1) % every != 0 if every > 1 else bool(window)
-        in_pattern = every > 1 and (i + 1) % every != 0
-        rope = 1 if arch.local_rope_base and in_pattern else 0
-        if arch.nope_every and (i + 1) % arch.nope_every == 0:
+        rope = 1 if arch.local_rope_base is not None and windows[i] else 0
+        if not rotates or (arch.nope_every and (i + 1) % arch.nope_every == 0):
             rope = -1
-        kinds.append(LayerKind(window if local else 0, rope, n_heads, n_kv_heads))
+        window = windows[i] if windows[i] < context else 0
+        kinds.append(LayerKind(window, rope, n_heads, n_kv_heads))
     return tuple(kinds)
+
+
+def _read_windows(md: Metadata, name: str, arch: Architecture, n_layers: int) -> list[int]:
+    """How many tokens each layer sees, as the file says; 0: all."""
+    if not arch.global_every:
+        return [0] * n_layers
+    key = f"{name}.attention.sliding_window"
+    least = 0 if arch.global_every == 1 else 1  # by 0 Phi-4 says that it has none, where other Phi-3 have one
+    window = md.get_int(key, arch.window, minimum=least, maximum=BIG)
+    pattern = f"{key}_pattern"
+    if isinstance(md.get(pattern), list):
+        local = md.get_list(pattern, bool, length=n_layers)
+    else:
+        every = md.get_int(pattern, arch.global_every if arch.global_every > 1 else 0, minimum=0, maximum=BIG)
+        local = [not every or (i + 1) % every != 0 for i in range(n_layers)]
+    return [window if here else 0 for here in local]

@@ -198,7 +198,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(case, tiny, tmp_path
     [
         ({"omit": ["blk.1.ffn_up.weight"]}, "blk.1.ffn_up.weight"),
         ({"shapes": {"blk.0.attn_q.weight": (32, 64)}}, "blk.0.attn_q.weight"),
-        ({"architecture": "mamba"}, "'mamba' is not supported; supported are llama"),
+        ({"architecture": "mamba"}, "'mamba' is not supported; supported are "),
         ({"pre": "klingon"}, "klingon"),
         ({"shapes": {"token_embd.weight": (300, 64), "output.weight": (300, 64)}}, "token_embd.weight"),
         ({"metadata": {"llama.block_count": None}}, "llama.block_count"),

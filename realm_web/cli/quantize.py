@@ -167,7 +167,7 @@ def _report(
     from realm_web.cli.terminal import Output
 
     out = Output()
-    columns = ("from", "to", "tensors", "before", "after", "RMS error", "of the RMS")
+    columns = ("from", "to", "tensors", "before", "after", "RMS error", "relative")
     rows = (
         (
             old,
@@ -189,7 +189,7 @@ def _report(
         out.line(f"{line}; nothing written (--dry-run)")
         return
     if changed.weights:
-        line += f", RMS error {changed.rms_error:.3g} ({changed.relative_error:.2%} of the RMS)"
+        line += f", RMS error {changed.rms_error:.3g} ({changed.relative_error:.2%} of the weights)"
     out.line(f"{line}; {seconds:.1f} s, {human_bytes(total.before / seconds)}/s")
 
 

@@ -1,7 +1,7 @@
 """Requests in, text out: one engine per model, many requests at once, several steps in flight.
 
-The engine owns the only loop: schedule, submit, await the oldest step, hand out its tokens. It knows tokens,
-text and time; what runs is the scheduler's decision, how it runs is the runner's.
+The engine keeps a few steps in flight: whenever one arrives, it hands out the tokens and submits the next. It
+knows tokens, text and time; what runs is the scheduler's decision, how it runs is the runner's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import random
 import time
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +23,11 @@ from realm_web.loader import Loader, Source, read_header, read_vector
 from realm_web.models import build, read_config
 from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable, rope_table
-from realm_web.runner import Runner, room_error
+from realm_web.runner import Bucket, Runner, room_error
 from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Device
 from realm_web.sampler import SamplingParams
-from realm_web.scheduler import FinishReason, Request, Scheduler
+from realm_web.scheduler import Batch, FinishReason, Request, Scheduler
 from realm_web.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 
 DEFAULT_CONTEXT = 8192
@@ -139,11 +138,16 @@ class Engine:
             runner.pool, max_seqs=runner.layout.max_seqs, max_rows=runner.max_rows, max_context=self.context
         )
         self.readback_latency = latency  # seconds from submission to the host, on an idle device
-        self.max_depth = MAX_DEPTH  # steps in flight
-        self.depth = 2  # of which so many now: it follows the latency
+        self.max_depth = (
+            1 if runner.device.kind == "cpu" else MAX_DEPTH
+        )  # numpy runs a step when it is submitted
+        self.depth = 2  # steps in flight: it follows the latency
         self._answers: dict[str, _Answer] = {}
         self._names = itertools.count()
-        self._task: asyncio.Task | None = None
+        self._n_in_flight = 0
+        self._compiling: asyncio.Future | None = None  # of the program that the next step needs
+        self._closed = False
+        self._arrived = 0.0  # when the newest step did
         self._step_seconds = 0.0
 
     @classmethod
@@ -270,12 +274,14 @@ class Engine:
 
     async def close(self) -> None:
         """End every request and give the device's memory back."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        for answer in self._answers.values():
-            answer.queue.put_nowait(RealmError("the engine was closed"))
+        self._closed = True
+        if self._compiling is not None:
+            self._compiling.cancel()
+            await asyncio.gather(self._compiling, return_exceptions=True)
+        self._fail_all(RealmError("the engine was closed"))
         await self.device.synchronize()
+        while self._n_in_flight:
+            await asyncio.sleep(0)
         self.device.close()
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -295,43 +301,63 @@ class Engine:
         self.scheduler.add(request)
         answer = _Answer(request, self.tokenizer.stream(skip_special=True), StopMatcher(params.stop))
         self._answers[request.id] = answer
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._fill()
         return answer
 
-    async def _run(self) -> None:
-        """Until nothing is left to do: keep `depth` steps in flight and hand out the tokens of the oldest."""
-        in_flight: deque = deque()
+    def _fill(self) -> None:
+        """Submit until `depth` steps are in flight or nothing more can run."""
         try:
-            arrived = time.perf_counter()
-            while self.scheduler.has_work or in_flight:
-                while (
-                    len(in_flight) < min(self.depth, self.max_depth)
-                    and (batch := self.scheduler.schedule()) is not None
-                ):
-                    in_flight.append((batch, await self.runner.run(batch, self._request)))
-                if not in_flight:
-                    raise RuntimeError("requests wait, but the scheduler runs none")
-                batch, readback = in_flight.popleft()
-                ids = array("I", await readback)
-                now = time.perf_counter()
-                self._adapt_depth(now - arrived)
-                arrived = now
-                self._deliver(batch, ids)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            for answer in self._answers.values():
-                self.scheduler.abort(answer.request.id)
-                answer.queue.put_nowait(error)
-            self._answers.clear()
-            self.runner.forget()
-        finally:
-            for _, readback in in_flight:  # let the staging memory go
-                await asyncio.gather(_finished(readback), return_exceptions=True)
+            while not self._compiling and self._n_in_flight < min(self.depth, self.max_depth):
+                batch = self.scheduler.schedule()
+                if batch is None:
+                    return
+                requests = [self.scheduler.get(seq.request_id) for seq in batch.seqs]
+                bucket = self.runner.bucket(batch, requests)
+                if self.runner.has(bucket):
+                    self._submit(batch, bucket, requests)
+                else:
+                    self._compiling = asyncio.ensure_future(self._compile_and_submit(batch, bucket, requests))
+        except Exception as error:  # of the device, or a bug of ours: whoever waits must hear of it
+            self._fail_all(error)
 
-    def _request(self, request_id: str) -> Request:
-        return self.scheduler.get(request_id)
+    def _submit(self, batch: Batch, bucket: Bucket, requests: list[Request]) -> None:
+        readback = self.runner.run(batch, bucket, requests)
+        self._n_in_flight += 1
+        readback.then(lambda data: self._arrive(batch, data))
+
+    async def _compile_and_submit(self, batch: Batch, bucket: Bucket, requests: list[Request]) -> None:
+        """For the first batch of its kind. Requests that end meanwhile run all the same, and nobody looks."""
+        try:
+            await self.runner.compile(bucket)
+            self._submit(batch, bucket, requests)
+        except Exception as error:
+            self._fail_all(error)
+        finally:
+            self._compiling = None
+            self._fill()
+
+    def _arrive(self, batch: Batch, data: bytes | BaseException) -> None:
+        """A step is done: hand out its tokens and submit what can run now."""
+        self._n_in_flight -= 1
+        if self._closed:
+            return
+        try:
+            if isinstance(data, BaseException):
+                raise data
+            now = time.perf_counter()
+            self._adapt_depth(now - self._arrived)
+            self._arrived = now
+            self._deliver(batch, array("I", data))
+        except Exception as error:
+            self._fail_all(error)
+        self._fill()
+
+    def _fail_all(self, error: Exception) -> None:
+        for answer in self._answers.values():
+            self.scheduler.abort(answer.request.id)
+            answer.queue.put_nowait(error)
+        self._answers.clear()
+        self.runner.forget()
 
     def _adapt_depth(self, seconds: float) -> None:
         """As many steps in flight as hide the readback latency: a step of 1 ms behind 10 ms needs 11."""
@@ -339,7 +365,7 @@ class Engine:
         wanted = 2 + int(self.readback_latency / max(self._step_seconds, 1e-6))
         self.depth = min(self.max_depth, wanted)
 
-    def _deliver(self, batch, ids: array) -> None:
+    def _deliver(self, batch: Batch, ids: array) -> None:
         outputs = self.scheduler.update(batch, ids[: len(batch.seqs)])
         for output in outputs:
             answer = self._answers.get(output.request_id)
@@ -368,10 +394,6 @@ class Engine:
         self.scheduler.abort(answer.request.id)
         del self._answers[answer.request.id]
         answer.queue.put_nowait(error)
-
-
-async def _finished(readback) -> None:
-    await readback
 
 
 async def _rope_tables(source: Source, gguf: GGUFFile, config: ModelConfig, context: int) -> list[RopeTable]:

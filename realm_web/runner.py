@@ -8,7 +8,7 @@ Knows batches and the device; knows no text and no event loop beyond awaiting th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from realm_web.errors import DeviceError
@@ -18,7 +18,7 @@ from realm_web.models.rope import RopeTable
 from realm_web.models.shortconv import States
 from realm_web.models.transformer import Transformer
 from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, State, query_tile
-from realm_web.runtime.device import Device, Program
+from realm_web.runtime.device import Device, Program, Readback
 from realm_web.sampler import SamplingParams
 from realm_web.scheduler import Batch, Request, SeqSlice
 from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
@@ -88,18 +88,20 @@ class Runner:
         self._program(Bucket(1, 1, 1, draw=True, adjust=False))
         await self.device.compile(on_progress)
 
-    async def run(self, batch: Batch, request_of: Callable[[str], Request]) -> Awaitable[bytes]:
-        """Submit the batch; the awaitable gives one u32 token id per sequence of the batch."""
-        params = [request_of(seq.request_id).params for seq in batch.seqs]
-        bucket = self._bucket(batch, params)
-        program = self._programs.get(bucket)
-        if program is None:
-            program = self._program(bucket)
-            await self.device.compile()
+    def has(self, bucket: Bucket) -> bool:
+        return bucket in self._programs
+
+    async def compile(self, bucket: Bucket) -> None:
+        """Record and compile the program of a bucket that is used for the first time."""
+        self._program(bucket)
+        await self.device.compile()
+
+    def run(self, batch: Batch, bucket: Bucket, requests: Sequence[Request]) -> Readback:
+        """Submit the batch of these requests, one for each of batch.seqs; the readback is a u32 id for each."""
         if bucket.adjust:
-            self._write_adjustments(batch, request_of)
-        self._write_step(batch, params, request_of)
-        return self.device.submit(program)
+            self._write_adjustments(batch, requests)
+        self._write_step(batch, requests)
+        return self.device.submit(self._programs[bucket])
 
     async def read_state(self, slot: int) -> bytes:
         """What the recurrent layers keep of the sequence in this slot, after all steps submitted so far.
@@ -119,7 +121,8 @@ class Runner:
         """The step buffer may hold anything: write it whole at the next step."""
         self._last = None
 
-    def _bucket(self, batch: Batch, params: list[SamplingParams]) -> Bucket:
+    def bucket(self, batch: Batch, requests: Sequence[Request]) -> Bucket:
+        """What program this batch needs."""
         longest = max(seq.kv_len for seq in batch.seqs)
         n_rows = _bucket_for(batch.n_rows)
         if n_rows > MATVEC_ROWS and not batch.is_decode:  # the buckets that are compiled already
@@ -131,8 +134,8 @@ class Runner:
             n_rows=n_rows,
             n_seqs=_bucket_for(len(batch.seqs)),
             splits=splits,
-            draw=not all(p.greedy for p in params),
-            adjust=any(p.penalizes or p.logit_bias for p in params),
+            draw=not all(request.params.greedy for request in requests),
+            adjust=any(_adjusts(request.params) for request in requests),
         )
 
     def _program(self, bucket: Bucket) -> Program:
@@ -197,9 +200,7 @@ class Runner:
         self.device.write(turns.buffer, array("I", table.turns or [0]).tobytes())
         return Rope(turns, table.magnitude, 2 * len(table.turns), self.config.arch.rope_neox)
 
-    def _write_step(
-        self, batch: Batch, params: list[SamplingParams], request_of: Callable[[str], Request]
-    ) -> None:
+    def _write_step(self, batch: Batch, requests: Sequence[Request]) -> None:
         last, self._last = self._last, batch
         layout = self.layout
         if last is not None and _follows(batch, last):
@@ -210,7 +211,7 @@ class Runner:
         self.n_writes += 1
         qt = self._qt(_bucket_for(batch.n_rows))
         tiles, records = [], []
-        for seq, p in zip(batch.seqs, params, strict=True):
+        for seq, request in zip(batch.seqs, requests, strict=True):
             if qt > 1:
                 for start in range(0, seq.n_rows, qt):
                     tiles.append((seq.row_start + start) | min(qt, seq.n_rows - start) << 16)
@@ -220,8 +221,8 @@ class Runner:
                     kv_len=seq.kv_len,
                     logits_row=seq.row_start + seq.n_rows - 1 if seq.samples else NONE,
                     draw_position=seq.draw_position,
-                    seed=request_of(seq.request_id).seed,
-                    params=_sampling_words(p),
+                    seed=request.seed,
+                    params=_sampling_words(request.params),
                 )
             )
         words = layout.pack(
@@ -245,14 +246,12 @@ class Runner:
             )
         return self._adjustments
 
-    def _write_adjustments(self, batch: Batch, request_of: Callable[[str], Request]) -> None:
+    def _write_adjustments(self, batch: Batch, requests: Sequence[Request]) -> None:
         """Fill the rows of slots that a request has just entered; later tokens are counted on the device."""
         bias, counts = self._adjustment_tables()
         n_vocab = self.config.n_vocab
-        for seq in batch.seqs:
-            request = request_of(seq.request_id)
-            params = request.params
-            adjusts = params.penalizes or bool(params.logit_bias)
+        for seq, request in zip(batch.seqs, requests, strict=True):
+            params, adjusts = request.params, _adjusts(request.params)
             if not seq.first or not (adjusts or seq.slot in self._adjusted_slots):
                 continue
             row = array("f", bytes(4 * n_vocab))
@@ -270,6 +269,10 @@ class Runner:
 
 def _bucket_for(n: int) -> int:
     return next(b for b in ROW_BUCKETS if b >= n)
+
+
+def _adjusts(params: SamplingParams) -> bool:
+    return params.penalizes or bool(params.logit_bias)
 
 
 def _sampling_words(p: SamplingParams) -> bytes:

@@ -33,7 +33,7 @@ NO_WEBGPU = (
 )
 
 HELPERS = """
-(device) => {
+(device, onResult) => {
   const { STORAGE, COPY_SRC, COPY_DST, MAP_READ } = GPUBufferUsage;
   const staging = new Map();  // size -> unused mappable buffers
   const errors = [];  // of error scopes and of the device, reported at the next read
@@ -112,6 +112,9 @@ HELPERS = """
         return null;
       };
     },
+    passOn(promise, id) {
+      promise.then((bytes) => onResult(id, bytes, null), (error) => onResult(id, null, error.message));
+    },
     done: () => device.queue.onSubmittedWorkDone(),
   };
 }
@@ -170,7 +173,10 @@ def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo
 class BrowserBackend:
     def __init__(self, device: Any, info: AdapterInfo):
         self.info, self._device = info, device
-        self._js = run_js(HELPERS)(device)
+        self._callbacks: dict[int, Callable[[bytes | BaseException], None]] = {}
+        self._n_callbacks = 0
+        self._on_result_proxy = create_proxy(self._on_result)
+        self._js = run_js(HELPERS)(device, self._on_result_proxy)
 
     def alloc(self, nbytes: int, label: str) -> Any:
         return self._js.alloc(nbytes, label)
@@ -227,6 +233,23 @@ class BrowserBackend:
     def close(self) -> None:
         self._device.destroy()
 
+    def pass_on(self, promise: Any, callback: Callable[[bytes | BaseException], None]) -> None:
+        """Call back when the promise of bytes is kept: one Python call a token, where await costs three."""
+        self._n_callbacks += 1
+        self._callbacks[self._n_callbacks] = callback
+        self._js.passOn(promise, self._n_callbacks)
+
+    def _on_result(self, number: int, data: Any, problem: str | None) -> None:
+        callback = self._callbacks.pop(number)
+        try:
+            self.check()
+            if problem is not None:
+                raise DeviceError(f"{self.info.name} stopped answering: {problem}")
+        except DeviceError as error:
+            callback(error)
+        else:
+            callback(data.to_bytes())
+
     def check(self) -> None:
         """Raise what the device reported since the last call: WebGPU tells of errors only afterwards."""
         if self._js.errors.length:
@@ -253,3 +276,6 @@ class Readback:
             raise DeviceError(f"{self._backend.info.name} stopped answering: {error.message}") from error
         self._backend.check()
         return data.to_bytes()
+
+    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
+        self._backend.pass_on(self._promise, callback)

@@ -1,11 +1,12 @@
 """The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py` and `cpu_moe.py`.
 
-With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but four bytes
-a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
+With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but four
+bytes a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -112,7 +113,7 @@ class CPUBackend:
 
 
 class Ready:
-    """An awaitable of bytes that are already there."""
+    """Bytes that are already there."""
 
     __slots__ = ("_data",)
 
@@ -122,3 +123,6 @@ class Ready:
     def __await__(self):
         yield
         return self._data
+
+    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
+        asyncio.get_running_loop().call_soon(callback, self._data)

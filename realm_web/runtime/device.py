@@ -7,14 +7,24 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from realm_web.errors import DeviceError
 from realm_web.runtime import template
 
-Replay = Callable[[], Awaitable[bytes] | None]
+
+class Readback(Protocol):
+    """Bytes on their way from the device: await them, or have them passed on. One of the two, once."""
+
+    def __await__(self) -> Generator[Any, None, bytes]: ...
+
+    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
+        """Call back in the order of submission, from the event loop; in a page without asyncio in between."""
+
+
+Replay = Callable[[], Readback | None]
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Backend(Protocol):
     def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
         """One callable that enqueues every step, and the copy of `readback` if there is one.
 
-        With a readback it returns an awaitable of those bytes, already under way when it is returned.
+        With a readback it returns those bytes as a `Readback`, under way when it is returned.
         """
 
     async def synchronize(self) -> None:
@@ -236,8 +246,8 @@ class Device:
     def program(self, label: str) -> Program:
         return Program(self, label)
 
-    def submit(self, program: Program, times: int = 1) -> Awaitable[bytes] | None:
-        """Enqueue the program; with a readback, the awaitable of its last run's bytes."""
+    def submit(self, program: Program, times: int = 1) -> Readback | None:
+        """Enqueue the program; with a readback, that of its last run."""
         replay = program.replay or self._record(program)
         result = None
         for _ in range(times):

@@ -275,13 +275,24 @@ class Readback:
 
     def __await__(self):
         yield from asyncio.sleep(0).__await__()  # let others run before the thread blocks
+        return self._wait()
+
+    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
+        asyncio.get_running_loop().call_soon(self._pass_on, callback)
+
+    def _pass_on(self, callback: Callable[[bytes | BaseException], None]) -> None:
+        try:
+            data = self._wait()
+        except DeviceError as error:
+            callback(error)
+        else:
+            callback(data)
+
+    def _wait(self) -> bytes:
         flag, backend = self._staging.flag, self._backend
-        if not flag[0]:
-            backend._wait_index[0] = self._index
-            lib.wgpuDevicePoll(backend._device, True, backend._wait_index)
+        backend._wait_index[0] = self._index
         while not flag[0]:
-            lib.wgpuDevicePoll(backend._device, False, ffi.NULL)
-            yield from asyncio.sleep(0).__await__()
+            lib.wgpuDevicePoll(backend._device, True, backend._wait_index)
         if flag[0] < 0:
             raise DeviceError(f"{backend.info.name} stopped answering (its memory could not be read back)")
         data = self._staging.take(self._nbytes)

@@ -38,11 +38,7 @@ def logits(weights: dict[str, np.ndarray], md: dict, tokens: Sequence[int]) -> n
         return md[f"{arch}.{name}"]
 
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    n_heads, n_kv, hd = (
-        key("attention.head_count"),
-        key("attention.head_count_kv"),
-        key("attention.key_length"),
-    )
+    hd = key("attention.key_length")
     frequency, magnitude = rope_frequencies(md, arch, hd, w.get("rope_freqs.weight"))
     eps = key("attention.layer_norm_rms_epsilon")
     n = len(tokens)
@@ -66,6 +62,10 @@ def logits(weights: dict[str, np.ndarray], md: dict, tokens: Sequence[int]) -> n
     causal = np.where(np.tril(np.ones((n, n), bool)), 0.0, -np.inf)
     for i in range(key("block_count")):
         at = f"blk.{i}."
+        n_heads, n_kv = (
+            n[i] if isinstance(n, list) else n
+            for n in (key("attention.head_count"), key("attention.head_count_kv"))
+        )
         h = norm(x, at + "attn_norm.weight")
         q = rotate(linear(h, at + "attn_q").reshape(n, n_heads, hd))
         k = rotate(linear(h, at + "attn_k").reshape(n, n_kv, hd)).repeat(n_heads // n_kv, axis=1)

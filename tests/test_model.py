@@ -32,6 +32,14 @@ VARIANTS = {
         "quant": {"*attn_v*": "Q6_K", "*ffn_up*": "Q8_0", "*": "Q4_K"},
     },
     "three layers": {"n_layers": 3, "ffn": 96},
+    "heads by layer": {
+        "metadata": {"llama.attention.head_count": [4, 2], "llama.attention.head_count_kv": [1, 2]},
+        "shapes": {
+            **{f"blk.0.attn_{name}.weight": (16, 64) for name in "kv"},
+            "blk.1.attn_q.weight": (32, 64),
+            "blk.1.attn_output.weight": (64, 32),
+        },
+    },
 }
 for name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
     VARIANTS[name] = {"quant": name}

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from blocks import random_blocks
+
+from realm_web.dequant import dequantize
+from realm_web.quants import FORMATS
 
 MERGES = (
     *("Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "e r", "Ġt he", "Ġ s", "o u", "Ġ w", "l l"),
@@ -113,7 +117,7 @@ def write_tiny(
         data = _data(rng, name, shape, type_name)
         ggml_type = gguf.GGMLQuantizationType[type_name]
         writer.add_tensor(name, data, raw_dtype=ggml_type)
-        weights[name] = gguf.quants.dequantize(data, ggml_type).reshape(shape)
+        weights[name] = decoded(data, type_name).reshape(shape)
         types[name] = type_name
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -236,26 +240,25 @@ def _data(rng: np.random.Generator, name: str, shape: tuple[int, ...], type_name
 def random_matrix(rng: np.random.Generator, shape: tuple[int, ...], type_name: str) -> np.ndarray:
     """A (rows, row length) matrix of std 1 / sqrt(row length) as files hold it (floats or block bytes)."""
     std = shape[-1] ** -0.5
-    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+    block_elements, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
     if shape[-1] % block_elements:
         raise ValueError(f"rows of {shape[-1]} are not whole {type_name} blocks of {block_elements}")
-    if type_name not in _K_SCALES:
+    if type_name in _QUANTISED:
         weights = (std * rng.standard_normal(shape)).astype(np.float32)
         return gguf.quants.quantize(weights, gguf.GGMLQuantizationType[type_name])
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block_elements, block_bytes), dtype=np.uint8)
-    for offset, scale in _K_SCALES[type_name]:
-        values = (std * scale * rng.uniform(0.75, 1.25, blocks.shape[:-1])).astype(np.float16)
-        blocks[..., offset : offset + 2] = values[..., None].view(np.uint8)
-    return blocks.reshape(*shape[:-1], -1)
+    n_blocks = int(np.prod(shape)) // block_elements
+    return random_blocks(type_name, n_blocks, rng, std).reshape(*shape[:-1], -1)
 
 
-# The gguf package cannot quantise to the K types. Any bytes are valid blocks; these are their f16 scales
-# as (byte offset, value that makes random blocks decode to weights of std 1).
-_K_SCALES = {
-    "Q4_K": ((0, 1 / 246), (2, 7.5 / 246)),
-    "Q5_K": ((0, 1 / 500), (2, 15.5 / 500)),
-    "Q6_K": ((208, 1 / 1370),),
-}
+def decoded(data: np.ndarray, type_name: str) -> np.ndarray:
+    """What the blocks of a matrix decode to, by the `gguf` package; by our oracle where it cannot."""
+    if type_name == "Q1_0":
+        return dequantize(type_name, data.reshape(-1, FORMATS[type_name].block_bytes))
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type_name])
+
+
+# The gguf package quantises to these; blocks of the others are random.
+_QUANTISED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: object) -> None:

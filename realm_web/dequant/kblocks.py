@@ -200,7 +200,7 @@ def _trits(packed: np.ndarray, n: int) -> np.ndarray:
     """
     powers = np.array([1, 3, 9, 27, 81], np.uint8)[:n].reshape(1, n, 1)
     left = (packed[:, None, :] * powers).astype(np.uint16)  # modulo 256
-    return (left * np.uint16(3) >> np.uint16(8)).astype(np.uint8).reshape(len(packed), -1)
+    return (left * np.uint16(3) >> np.uint16(8)).astype(np.uint8).reshape(-1, n * packed.shape[1])
 
 
 def _tq1_0_repack(blocks: np.ndarray) -> Parts:

@@ -37,11 +37,11 @@ class LLM:
     """A model, loaded and ready.
 
     >>> llm = LLM.load(model_path, device="cpu")
-    >>> llm.generate("The capital of France is", temperature=0, max_tokens=3).text
+    >>> llm.generate("The capital of France is", temperature=0, max_tokens=2).text
     ' Paris.'
-    >>> for chunk in llm.stream("1, 2, 3,", temperature=0, max_tokens=4):
+    >>> for chunk in llm.stream("1, 2, 3, 4,", temperature=0, max_tokens=6):
     ...     print(chunk.text, end="")
-     4, 5
+     5, 6,
     >>> answer = llm.chat([{"role": "user", "content": "Hi"}], max_tokens=4, seed=1)
     >>> answer.finish_reason, answer.usage.completion_tokens
     ('length', 4)

@@ -3,7 +3,7 @@
 // step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
 // out (n_rows, out_stride) f32, which is added to with `residual`
 // act "silu_mul", "gelu_mul": a tile holds 32 gate rows and their 32 up rows.
-// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (tiles in half)
+// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (the weights' tile in half)
 // grid: (ceil(n / (32 if act else 64)), ceil(n_rows / bm), 1)
 # import "lib/epilogue.wgsl" as epilogue
 # set t = "f16" if f16 else "f32"
@@ -15,7 +15,7 @@
 {{ weight("w", fmt) }}
 {{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_ROWS) }}
 
-var<workgroup> xs: array<{{ t }}, {{ 32 * bm }}>;  // (k, m)
+var<workgroup> xs: array<f32, {{ 32 * bm }}>;  // (k, m): activations may be beyond f16's 65504
 var<workgroup> ws: array<{{ t }}, 2048>;  // (k, n)
 
 @compute @workgroup_size(256)
@@ -47,7 +47,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       for (var i = lid - 64u; i < {{ bm * 8 }}u; i += 192u) {
         let m = i % {{ bm }}u;
         let q = i / {{ bm }}u;
-        let v = vec4<{{ t }}>(x[min(m0 + m, last_row) * {{ k // 4 }}u + c * 8u + q]);
+        let v = x[min(m0 + m, last_row) * {{ k // 4 }}u + c * 8u + q];
         # for j in range(4)
         xs[(q * 4u + {{ j }}u) * {{ bm }}u + m] = v.{{ "xyzw"[j] }};
         # endfor
@@ -57,7 +57,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     for (var k = 0u; k < 32u; k++) {
       let b = vec4<f32>(vec4<{{ t }}>({% for j in range(4) %}ws[k * 64u + tn * 4u + {{ j }}u]{{ ", " if not loop.last }}{% endfor %}));
       # for i in range(rm)
-      acc{{ i }} += f32(xs[k * {{ bm }}u + tm * {{ rm }}u + {{ i }}u]) * b;
+      acc{{ i }} += xs[k * {{ bm }}u + tm * {{ rm }}u + {{ i }}u] * b;
       # endfor
     }
     workgroupBarrier();

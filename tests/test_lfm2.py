@@ -13,6 +13,7 @@ from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import parse
 from realm_web.models import read_config
 from realm_web.sampler import SamplingParams
+from realm_web.scheduler import Request
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch transformers")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -207,10 +208,15 @@ def test_a_slot_that_is_used_again_remembers_nothing(first, device):
 
 async def continued(engine: Engine, tokens: list[int], n_done: int) -> np.ndarray:
     """Logits after the tokens, of which the first n_done are in the pages and in the state already."""
-    added = engine._add(tuple(tokens), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-    added.request.n_scheduled = n_done  # before the engine's task has seen it
-    while (await added.queue.get()).finish_reason is None:
-        pass
+    add = engine.scheduler.add
+
+    def add_in_part(request: Request) -> None:
+        add(request)
+        request.n_scheduled = n_done
+
+    engine.scheduler.add = add_in_part
+    await answer(engine, tokens)
+    engine.scheduler.add = add
     return await last_logits(engine)
 
 

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 from kernel_cases import cases, error_of, grid_of, resolve, tensors_of
+from kernel_run import run_kernel
 
 from realm_web.runtime.adapters import open_device
 from realm_web.runtime.cpu import TWINS
@@ -20,24 +21,15 @@ def device():
     opened.close()
 
 
-async def run(device, case, consts, tensors):
-    """The bytes of the case's outputs after one run on the device."""
-    grid = grid_of(case, consts)
-    buffers = []
-    for i, tensor in enumerate(tensors):
-        data = tensor.tobytes()
-        buffer = device.alloc(len(data), f"{case.id} {i}")
-        device.write(buffer, data + bytes(-len(data) % 4))
-        buffers.append(buffer)
-    kernel = device.kernel(case.kernel, **consts)
-    await device.compile()
-    program = device.program(case.id)
-    program.add(kernel, [device.view(buffer) for buffer in buffers], grid)
-    device.submit(program)
-    result = [await device.read(buffers[i]) for i in case.outputs]
-    for buffer in buffers:
-        device.free(buffer)
-    return result
+def check(case, consts, got):
+    """Compare the bytes of the case's outputs with what the numpy twin makes of the same tensors."""
+    wanted = tensors_of(case)
+    padded = [np.pad(t.reshape(-1).view(np.uint8), (0, -t.nbytes % 16)) for t in wanted]
+    TWINS[case.kernel](consts, padded)
+    for index, data in zip(case.outputs, got, strict=True):
+        want = padded[index][: wanted[index].nbytes].view(wanted[index].dtype)
+        error = error_of(case, data, want)
+        assert error <= case.tolerance, f"{case.id}: {error:.3g} > {case.tolerance:.3g}"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,14 +38,9 @@ def test_kernel_equals_its_numpy_twin(device, name):
     consts = resolve(case, device.subgroup_size, device.features)
     if consts is None:
         pytest.skip(f"{device.name} lacks {', '.join(case.needs)}")
-    got = asyncio.run(run(device, case, consts, tensors_of(case)))
-    wanted = tensors_of(case)
-    padded = [np.pad(t.reshape(-1).view(np.uint8), (0, -t.nbytes % 16)) for t in wanted]
-    TWINS[case.kernel](consts, padded)
-    for index, data in zip(case.outputs, got, strict=True):
-        want = padded[index][: wanted[index].nbytes].view(wanted[index].dtype)
-        error = error_of(case, data, want)
-        assert error <= case.tolerance, f"{case.id}: {error:.3g} > {case.tolerance:.3g}"
+    grid = grid_of(case, consts)  # completes the constants
+    tensors = [tensor.tobytes() for tensor in tensors_of(case)]
+    check(case, consts, asyncio.run(run_kernel(device, case.kernel, consts, tensors, case.outputs, grid)))
 
 
 def test_every_kernel_has_a_twin_and_a_case():

@@ -175,7 +175,7 @@ async function load(source, title, options = {}) {
     show("chat");
     $("prompt").focus();
   } catch (error) {
-    if (error.name !== "AbortError") notify(error.message);
+    if (error.name !== "AbortError") notify(error.message.includes(title) ? error.message : `${title}: ${error.message}`);
     await listModels();
     show("start");
   } finally {
@@ -226,7 +226,6 @@ function ask(text) {
 async function answer() {
   const conversation = history;
   const { item, body } = addMessage("assistant");
-  item.classList.add("writing");
   item.ariaBusy = "true";
   setWriting(true);
   scrollDown(true);
@@ -236,11 +235,16 @@ async function answer() {
   const messages = [...(system.trim() ? [{ role: "system", content: system.trim() }] : []), ...conversation];
   let text = "";
   let painted = 0;
+  const caret = make("span", { className: "caret" });
   const paint = () => {
     painted = 0;
     body.replaceChildren(render(text));
+    let end = body; // the caret goes where the next letter will
+    while (end.lastElementChild?.matches("p, ul, ol, li, pre, pre code, blockquote, h3, h4, h5, h6")) end = end.lastElementChild;
+    end.append(caret);
     scrollDown();
   };
+  paint();
   let failure = null;
   try {
     for await (const piece of realm.chat(messages, options)) {
@@ -251,11 +255,11 @@ async function answer() {
     failure = error;
   }
   cancelAnimationFrame(painted);
-  paint();
-  item.classList.remove("writing");
+  body.replaceChildren(render(text));
   item.ariaBusy = "false";
   setWriting(false);
   if (history !== conversation) return; // a new chat began meanwhile
+  if (!text && !failure) body.append(make("p", { className: "quiet" }, "(no text)"));
   if (failure) item.append(make("p", { className: "error", role: "alert" }, failure.message));
   body.hidden = !text && Boolean(failure);
   if (text) history.push({ role: "assistant", content: text });
@@ -384,7 +388,9 @@ function wire() {
     $("settings").showModal();
   };
   $("settings").onclose = takeSettings;
-  $("settings").onclick = ({ target }) => target === $("settings") && $("settings").close(); // the backdrop
+  $("settings").onclick = ({ target }) => {
+    if (target === $("settings")) $("settings").close(); // a click on the backdrop
+  };
   $("defaults").onclick = () => {
     settings = { ...DEFAULTS };
     fillSettings();

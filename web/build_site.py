@@ -229,8 +229,9 @@ def build(digest: str) -> None:
         write_lock(python, pyodide / "pyodide-lock.json", wheels, site / "pyodide-lock.json", scratch)
         files = {path.name: sha256(path) for path in sorted(site.iterdir())}
         (site / STAMP).write_text(json.dumps({"inputs": digest, "files": files}, indent=1) + "\n")
-        shutil.rmtree(ASSETS, ignore_errors=True)
-        shutil.copytree(site, ASSETS)
+        if ASSETS.exists():
+            ASSETS.rename(scratch / "old")
+        site.rename(ASSETS)  # whole at any time, also for a server that is running
 
 
 def main() -> int:

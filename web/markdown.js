@@ -55,7 +55,7 @@ function list(parent, lines, start) {
   const [, indent, marker] = lines[start].match(ITEM);
   const ordered = /\d/.test(marker);
   const node = parent.appendChild(element(ordered ? "ol" : "ul"));
-  if (ordered) node.start = parseInt(marker, 10);
+  if (ordered && parseInt(marker, 10) !== 1) node.start = parseInt(marker, 10);
   let item;
   let i = start;
   while (i < lines.length) {

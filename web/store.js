@@ -70,7 +70,7 @@ export async function download(url, { size, signal, onProgress } = {}) {
       } catch (error) {
         signal?.throwIfAborted();
         if (!(error instanceof Interrupted)) throw error;
-        if (attempt === ATTEMPTS || file.getSize() === 0) throw new StoreError(error.message);
+        if (attempt === ATTEMPTS) throw new StoreError(error.message);
         note = await readNote(directory, name);
         await new Promise((resolve) => setTimeout(resolve, 250 * 2 ** attempt));
       }
@@ -121,7 +121,8 @@ export async function keep(file, { signal, onProgress } = {}) {
 }
 
 /**
- * A stored model as something to read from: {name, size, read(offset, nbytes) -> Promise<Uint8Array>, close()}.
+ * A stored model as something to read from: {name, size, read(offset, nbytes) -> Promise<Uint8Array>, close()}; what
+ * lies past the end is left out.
  * A shared read-only handle where the browser has them (8 GB/s); else, or when another tab holds the only one, the
  * file through the Blob interface.
  */
@@ -145,9 +146,9 @@ export async function open(name) {
     name,
     size: file.size,
     async read(offset, nbytes) {
-      const bytes = new Uint8Array(nbytes);
+      const bytes = new Uint8Array(Math.max(0, Math.min(nbytes, file.size - offset)));
       const got = handle.read(bytes, { at: offset });
-      if (got !== nbytes) throw new StoreError(`${name}: ${got} bytes instead of ${nbytes} at ${offset}`);
+      if (got !== bytes.length) throw new StoreError(`${got} bytes came instead of ${bytes.length} at ${offset}`);
       return bytes;
     },
     close: () => handle.close(),
@@ -160,11 +161,7 @@ export function fileSource(file) {
     name: file.name,
     size: file.size,
     async read(offset, nbytes) {
-      const bytes = new Uint8Array(await file.slice(offset, offset + nbytes).arrayBuffer());
-      if (bytes.byteLength !== nbytes) {
-        throw new StoreError(`${file.name}: ${bytes.byteLength} bytes instead of ${nbytes} at ${offset}`);
-      }
-      return bytes;
+      return new Uint8Array(await file.slice(offset, offset + nbytes).arrayBuffer());
     },
     close() {},
   };
@@ -200,9 +197,8 @@ async function fetchInto(file, directory, name, url, { note, signal, onProgress 
   try {
     response = await fetch(url, { headers, signal, cache: "no-store" });
   } catch {
-    throw new Interrupted(
-      `${url}: no answer. The address is wrong, the network is down, or the server does not let pages read it (CORS)`,
-    );
+    const what = `${url}: no answer. The address is wrong, the network is down, or the server does not let pages read it`;
+    throw offset ? new Interrupted(what) : new StoreError(what);
   }
   if (response.status >= 500) throw new Interrupted(`${url}: the server says ${response.status}`);
   if (!response.ok && !(offset && response.status === 416)) {
@@ -238,12 +234,12 @@ async function fetchInto(file, directory, name, url, { note, signal, onProgress 
   } catch (error) {
     await reader.cancel().catch(() => {});
     if (error instanceof StoreError) throw error;
-    throw new Interrupted(`${url}: the download broke off at ${offset} of ${note.size ?? "?"} bytes; load it again to go on`);
+    throw new Interrupted(`${url}: the download broke off at ${offset} of ${note.size ?? "?"} bytes; load it again to resume`);
   } finally {
     file.flush();
   }
   if (note.size !== null && offset < note.size) {
-    throw new Interrupted(`${url}: the download ended at ${offset} of ${note.size} bytes; load it again to go on`);
+    throw new Interrupted(`${url}: the download ended at ${offset} of ${note.size} bytes; load it again to resume`);
   }
   return note;
 }

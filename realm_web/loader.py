@@ -14,14 +14,15 @@ from typing import Any, Protocol
 
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, NeedMoreBytes, TensorInfo, parse
-from realm_web.models.transformer import Target, Transformer
+from realm_web.models.transformer import Transformer
 from realm_web.quants import CHUNK, FORMATS
 from realm_web.runtime.device import Device, Kernel
-from realm_web.tensor import Shard, Tensor, Weight
+from realm_web.tensor import Shard, Target, Tensor, Weight
 
 STAGING_BYTES = 8 << 20
 SPARE_BYTES = 64  # the repack kernels look a word beyond their block
 GRANULE = 16  # chunks: 512 weights, whole blocks and whole words in every format
+PARAMS = 8  # words of parameters of the repack kernel
 IN_QUEUE = 8  # staged chunks between two waits, so that the driver's own copies stay few
 
 
@@ -64,22 +65,47 @@ class Piece:
     offset: int  # in the file
     nbytes: int
     n_chunks: int
-    first_chunk: int  # in the shard
+    start: int  # the first of them, among the tensor's chunks in this shard
+    first_chunk: int  # of the shard, where the first of those goes
+    run: int  # chunks that stay together, and
+    every: int  # from where one run begins to where the next does
     shard: Shard
+
+    @property
+    def params(self) -> bytes:
+        """As the repack kernel takes them."""
+        words = (self.n_chunks, self.first_chunk, self.start, self.run, self.every, 0, 0, 0)
+        return struct.pack(f"<{PARAMS}I", *words)
 
 
 def pieces(info: TensorInfo, target: Target, staging_bytes: int) -> Iterator[Piece]:
     """Cut a tensor at shard borders and into at most staging_bytes each."""
     weight, fmt = target.to, info.format
     per_row = weight.k // CHUNK
-    first, end = target.first, target.first + info.shape[1]
+    n_rows = info.n_elements // weight.k
     step = staging_bytes // fmt.nbytes(GRANULE * CHUNK) * GRANULE
     for shard in weight.shards:
-        low, high = max(first, shard.first_row), min(end, shard.first_row + shard.n_rows)
-        for chunk in range(low * per_row, high * per_row, step) if low < high else ():
-            n = min(step, high * per_row - chunk)
-            offset = info.offset + fmt.nbytes((chunk - first * per_row) * CHUNK)
-            yield Piece(offset, fmt.nbytes(n * CHUNK), n, chunk - shard.first_row * per_row, shard)
+        end = shard.first_row + shard.n_rows
+        if target.run:
+            low, high = (row // target.every * target.run for row in (shard.first_row, end))
+            first, run, every = target.first, target.run, target.every
+        else:
+            low, high = max(0, shard.first_row - target.first), min(n_rows, end - target.first)
+            first, run, every = target.first + low - shard.first_row, n_rows, 0
+        n_here = (high - low) * per_row
+        for start in range(0, n_here, step):
+            n = min(step, n_here - start)
+            offset = info.offset + fmt.nbytes((low * per_row + start) * CHUNK)
+            yield Piece(
+                offset=offset,
+                nbytes=fmt.nbytes(n * CHUNK),
+                n_chunks=n,
+                start=start,
+                first_chunk=first * per_row,
+                run=run * per_row,
+                every=every * per_row,
+                shard=shard,
+            )
 
 
 class Loader:
@@ -90,7 +116,7 @@ class Loader:
         self._kernels: dict[str, Kernel] = {}
         self._staging_bytes = min(STAGING_BYTES, device.limits.max_binding - SPARE_BYTES)
         self._staging = device.alloc(self._staging_bytes + SPARE_BYTES, "staging")
-        self._params = device.alloc(16, "repack parameters")
+        self._params = device.alloc(4 * PARAMS, "repack parameters")
         dense = {"dense": True} if "dense" in device.features else {}
         for name, target in model.targets.items():
             fmt = gguf.tensors[name].format
@@ -126,7 +152,7 @@ class Loader:
     async def _place(self, piece: Piece, data: Awaitable[Any], fmt: str) -> None:
         device = self._device
         device.write(self._staging, await data)
-        device.write(self._params, struct.pack("<4I", piece.n_chunks, piece.first_chunk, 0, 0))
+        device.write(self._params, piece.params)
         program = device.program("repack")
         parts = piece.shard.parts[: len(FORMATS[fmt].parts)]  # not the grid, which is there already
         views = (device.view(self._staging), device.view(self._params), *parts)
@@ -135,7 +161,10 @@ class Loader:
 
     async def _load_vector(self, info: TensorInfo, target: Target) -> None:
         values = await read_vector(self._source, info)
-        self._device.write(target.to.buffer, values.tobytes(), 4 * target.first)
+        run = target.run or len(values)
+        for i, start in enumerate(range(0, len(values), run)):
+            at = target.first + i * target.every
+            self._device.write(target.to.buffer, values[start : start + run].tobytes(), 4 * at)
 
 
 async def read_vector(source: Source, info: TensorInfo) -> array:

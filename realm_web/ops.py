@@ -48,6 +48,13 @@ def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
     return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
 
 
+def choose_experts(device: Device) -> Matvec:
+    """For the matrices of chosen experts, of which every row of x has its own."""
+    size = device.subgroup_size
+    lanes = 1 if device.info.is_cpu else size or 16
+    return Matvec(lanes=lanes, rows=1, wg=max(64, lanes), m_tile=1, subgroup=size if lanes == size else 0)
+
+
 @dataclass(frozen=True)
 class Rope:
     """How a layer rotates its queries and keys; dim 0 is not at all."""
@@ -148,8 +155,12 @@ class Recorder:
         softcap: float = 0.0,
         out_offset: int = 0,
         per_seq: bool = False,
+        exact: bool = False,
     ) -> None:
-        """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows."""
+        """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows.
+
+        `exact`: all in float32, where choices hang on the result.
+        """
         m = self.n_seqs if per_seq else self.n_rows
         for shard in weight.shards:
             n = shard.n_rows // 2 if act else shard.n_rows
@@ -161,7 +172,8 @@ class Recorder:
             views = [self.step, x, *shard.parts, *([bias] if bias else []), out]
             if m > MATVEC_ROWS and not self.device.info.is_cpu and not per_seq:
                 bm = 32 if m <= 32 else 64
-                kernel = self.device.kernel("matmul", **consts, bm=bm, f16="f16" in self.device.features)
+                f16 = "f16" in self.device.features and not exact
+                kernel = self.device.kernel("matmul", **consts, bm=bm, f16=f16)
                 grid = (-(-n // (32 if act else 64)), -(-m // bm))
             else:
                 tuning = choose_matvec(self.device, n, weight.k, m)
@@ -170,6 +182,52 @@ class Recorder:
                     "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
                     m_tile=tuning.m_tile, subgroup=tuning.subgroup, grid_x=fold,
                 )  # fmt: skip
+            self._add(kernel, views, grid, f"{kernel.name} {weight.label}")
+
+    def route(self, logits: Tensor, routes: Tensor, *, renormalise: bool) -> None:
+        """The best experts of each row and their weights: routes (n_rows, n_used, 2)."""
+        n_experts = logits.shape[-1]
+        kernel = self.device.kernel(
+            "moe_route", n_experts=n_experts, n_used=routes.shape[1], renormalise=renormalise,
+            wg=32 if n_experts <= 32 else 128, st=self.layout,
+        )  # fmt: skip
+        self._add(kernel, (self.step, logits, routes), (self.n_rows,))
+
+    def experts(
+        self,
+        x: Tensor,
+        weight: Weight,
+        routes: Tensor,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        act: str = "",
+        weighted: bool = False,
+        residual: bool = False,
+        scale: float = 1.0,
+        out_offset: int = 0,
+    ) -> None:
+        """Products of each row of x with its experts: a row of `out` for each of them.
+
+        With `weighted` x has a row for each of them, and out their weighted sum. An expert has `weight.unit` rows.
+        """
+        n_used, halves = routes.shape[1], 2 if act else 1
+        n = weight.unit // halves
+        for i, shard in enumerate(weight.shards):
+            consts = {
+                "fmt": weight.fmt.name, "k": weight.k, "n": n, "act": act, "bias": bias is not None,
+                "weighted": weighted, "residual": residual or (weighted and i > 0), "scale": scale,
+                "n_used": n_used, "n_experts": weight.n // weight.unit,
+                "first_expert": shard.first_row // weight.unit, "n_here": shard.n_rows // weight.unit,
+                "out_stride": out.shape[-1], "out_offset": out_offset, "st": self.layout,
+            }  # fmt: skip
+            tuning = choose_experts(self.device)
+            grid, fold = tuning.grid(self.device, n, self.n_rows * (1 if weighted else n_used))
+            kernel = self.device.kernel(
+                "moe_matvec", **consts, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
+                subgroup=tuning.subgroup, grid_x=fold,
+            )  # fmt: skip
+            views = (self.step, x, routes, *shard.parts, *([bias] if bias else []), out)
             self._add(kernel, views, grid, f"{kernel.name} {weight.label}")
 
     def gated(self, x: Tensor, out: Tensor, act: str) -> None:

@@ -45,21 +45,37 @@ class Weight:
     k: int
     label: str
     shards: tuple[Shard, ...]
+    unit: int = 1  # rows that are never parted: those of an expert
 
     @property
     def nbytes(self) -> int:
         return sum(view.nbytes for shard in self.shards for view in shard.parts)
 
     @classmethod
-    def alloc(cls, device: Device, fmt: QuantFormat, n: int, k: int, label: str) -> Weight:
-        """Memory for the packed weight; DeviceError where even one row does not fit a binding."""
-        rows = rows_per_shard(device, fmt, k)
+    def alloc(cls, device: Device, fmt: QuantFormat, n: int, k: int, label: str, unit: int = 1) -> Weight:
+        """Memory for the packed weight; DeviceError where even one unit of rows does not fit a binding."""
+        rows = rows_per_shard(device, fmt, k) // unit * unit
         if rows < 1:
-            raise DeviceError(f"{label}: a row of {k} weights does not fit the bindings of {device.name}")
+            what = f"{unit} rows" if unit > 1 else "a row"
+            raise DeviceError(f"{label}: {what} of {k} weights: too much for one binding of {device.name}")
         shards = [
             _alloc_shard(device, fmt, first, min(rows, n - first), k, label) for first in range(0, n, rows)
         ]
-        return cls(fmt, n, k, label, tuple(shards))
+        return cls(fmt, n, k, label, tuple(shards), unit)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor of the file goes: rows of a weight from `first` on, or elements of a vector.
+
+    With `run` it goes in runs of so many rows or elements, each `every` after the one before: the rows of an
+    expert, with those of another tensor in between. `every` is then the unit of the weight.
+    """
+
+    to: Weight | Tensor
+    first: int
+    run: int = 0
+    every: int = 0
 
 
 def rows_per_shard(device: Device, fmt: QuantFormat, k: int) -> int:

@@ -140,26 +140,22 @@ def cases() -> Iterator[Case]:
 
 def repack_cases() -> Iterator[Case]:
     n, k, first = 3, 512, 16  # the destination starts at chunk 16
-    for fmt, f in FORMATS.items():
+    whole = n * k // 32
+    # all in one run; or two chunks of 256-blocks into their run, in runs of 24 chunks with gaps of 8
+    for name, placing, end in (("", (0, whole, 0), first + whole), (" in runs", (16, 24, 32), 16 + 96)):
+        for fmt, f in FORMATS.items():
 
-        def tensors(rng, fmt=fmt, f=f):
-            raw = random_blocks(fmt, n, k, rng).reshape(-1)
-            raw = np.pad(raw, (0, -len(raw) % 16))
-            params = np.array([n * k // 32, first], np.uint32)
-            sizes = f.packed_nbytes(n * k + first * 32)
-            return [raw, params, *(np.zeros(size // 4, np.uint32) for size in sizes.values())]
+            def tensors(rng, fmt=fmt, f=f, placing=placing, end=end):
+                raw = random_blocks(fmt, n, k, rng).reshape(-1)
+                raw = np.pad(raw, (0, -len(raw) % 16))
+                params = np.array([whole, first, *placing, 0, 0, 0], np.uint32)
+                sizes = f.packed_nbytes(end * 32)
+                return [raw, params, *(np.zeros(size // 4, np.uint32) for size in sizes.values())]
 
-        outputs = tuple(range(2, 2 + len(f.parts)))
-        yield Case(
-            f"repack {fmt}",
-            "repack",
-            {"fmt": fmt},
-            tensors,
-            outputs,
-            (-(-n * k // 2048),),
-            EXACT,
-            dtype="u32",
-        )
+            outputs, grid = tuple(range(2, 2 + len(f.parts))), (-(-n * k // 2048),)
+            yield Case(
+                f"repack {fmt}{name}", "repack", {"fmt": fmt}, tensors, outputs, grid, EXACT, dtype="u32"
+            )
 
 
 def embed_cases() -> Iterator[Case]:

@@ -14,7 +14,8 @@ def cases() -> Iterator[Case]:
 
 
 def route_cases() -> Iterator[Case]:
-    for n_experts, n_used, wg, renormalise in ((5, 1, 32, False), (32, 4, 32, True), (128, 8, 128, False), (300, 8, 64, True)):  # fmt: skip
+    shapes = ((5, 1, 32, False), (32, 4, 32, True), (128, 8, 128, False), (300, 8, 64, True))
+    for n_experts, n_used, wg, renormalise in shapes:
 
         def tensors(rng, n_experts=n_experts, n_used=n_used):
             logits = normal(rng, 7, n_experts) * 3
@@ -24,7 +25,7 @@ def route_cases() -> Iterator[Case]:
 
         consts = {"n_experts": n_experts, "n_used": n_used, "renormalise": renormalise, "wg": wg, "st": ST}
         name = f"moe_route {n_used} of {n_experts}{' renormalised' * renormalise}"
-        # the bits of the ids are those of the smallest float32, so a wrong one shows only where weights show it too
+        # as float32 the ids are too small to be seen, hence a case for them alone
         yield Case(name + " weights", "moe_route", consts, tensors, (2,), (7,), SUM)
         yield Case(
             name + " experts", "moe_route", consts, _experts_only(tensors), (2,), (7,), EXACT, dtype="u32"
@@ -43,8 +44,8 @@ def _experts_only(tensors):
 
 
 def matvec_cases() -> Iterator[Case]:
-    def case(fmt, *, n=40, k=256, m=3, act="", bias=False, weighted=False, residual=False, scale=1.0, n_used=2,
-             n_experts=5, here=None, offset=0, lanes=1, rows=1, wg=64, subgroup=0, fold=0):  # fmt: skip
+    def case(fmt, *, n=40, k=256, m=3, act="", bias=False, weighted=False, residual=False, scale=1.0,
+             n_used=2, n_experts=5, here=None, offset=0, lanes=1, rows=1, wg=64, subgroup=0, fold=0):  # fmt: skip
         per = n * (2 if act else 1)
         first, n_here = here or (0, n_experts)
 

@@ -24,7 +24,12 @@ ARCHITECTURES = {
         rope_neox=True, qk_norm="head", short_conv=True, global_every=1, final_norm="token_embd_norm"
     ),
     "gpt-oss": Architecture(
-        rope_neox=True, experts=True, act="swiglu_oai", sinks=True, global_every=2, ffn_norm="post_attention_norm",
+        rope_neox=True,
+        experts=True,
+        act="swiglu_oai",
+        sinks=True,
+        global_every=2,
+        ffn_norm="post_attention_norm",
         yarn_whole_pairs=False,
     ),
     "olmo2": Architecture(  # and OLMo 3, which has windows

@@ -205,7 +205,8 @@ def _read_experts(md: Metadata, name: str, arch: Architecture) -> ExpertsConfig 
     gating = md.get_int(f"{name}.expert_gating_func", SOFTMAX, minimum=0)
     if gating not in (SOFTMAX, SOFTMAX_OF_CHOSEN):
         raise UnsupportedError(
-            f"{name}.expert_gating_func is {gating}; supported are {SOFTMAX} and {SOFTMAX_OF_CHOSEN} (softmax)"
+            f"{name}.expert_gating_func is {gating}; "
+            f"supported are {SOFTMAX} and {SOFTMAX_OF_CHOSEN} (softmax)"
         )
     return ExpertsConfig(
         n_experts=n_experts,

@@ -22,6 +22,7 @@ class RopeScaling:
     attn_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    whole_pairs: bool = True  # YaRN's ramp begins and ends at whole pairs
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RopeTable:
     magnitude: float
 
 
-def read_scaling(md: Metadata, name: str, context: int) -> RopeScaling:
+def read_scaling(md: Metadata, name: str, context: int, *, whole_pairs: bool = True) -> RopeScaling:
     prefix = f"{name}.rope.scaling."
     original = md.get_int(prefix + "original_context_length", context, minimum=1)
     attn_factor = md.get_float(prefix + "attn_factor", 1.0, minimum=1e-6, maximum=1e6)
@@ -50,6 +51,7 @@ def read_scaling(md: Metadata, name: str, context: int) -> RopeScaling:
         attn_factor=attn_factor,
         beta_fast=md.get_float(prefix + "yarn_beta_fast", 32.0, minimum=1e-6),
         beta_slow=md.get_float(prefix + "yarn_beta_slow", 1.0, minimum=1e-6),
+        whole_pairs=whole_pairs,
     )
 
 
@@ -67,7 +69,9 @@ def rope_table(base: float, dim: int, scaling: RopeScaling, divisors: Sequence[f
             dim * math.log(scaling.original_context / (beta * 2 * math.pi)) / (2 * math.log(base))
             for beta in (scaling.beta_fast, scaling.beta_slow)
         )
-        low, high = max(0, math.floor(low)), min(dim - 1, math.ceil(high))
+        if scaling.whole_pairs:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(0, low), min(dim - 1, high)
         if scaling.factor > 1:
             magnitude *= 1 + 0.1 * math.log(scaling.factor)
     turns = []

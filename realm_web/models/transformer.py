@@ -6,16 +6,19 @@ pages of the KV cache; knows no request.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, TensorInfo
 from realm_web.models.config import LayerKind, ModelConfig
+from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
 from realm_web.ops import Pages, Recorder, Rope, State
 from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device
-from realm_web.tensor import Tensor, Weight, rows_per_shard
+from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 OF_MODEL = {"token_embd.weight", "output.weight", *ROPE_FACTORS}
@@ -26,14 +29,6 @@ IGNORED = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a tensor of the file goes: rows of a weight from `first` on, or elements of a vector."""
-
-    to: Weight | Tensor
-    first: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,25 @@ class Linear:
 class Attention:
     qkv: Linear
     qk_norm: tuple[Tensor, Tensor] | None
+    sinks: Tensor | None
     output: Linear
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    gate_up: Linear
+    fused_act: bool  # gate and up are one weight and have no bias: the product itself applies act(gate) * up
+    down: Linear
+
+    def record(self, r: Recorder, x: Tensor, out: Tensor, *, act: str, **options) -> None:
+        hidden = r.scratch("hidden", r.n_rows, self.gate_up.n // 2)
+        if self.fused_act:
+            self.gate_up.record(r, x, hidden, act=act)
+        else:
+            both = r.scratch("gate and up", r.n_rows, self.gate_up.n)
+            self.gate_up.record(r, x, both)
+            r.gated(both, hidden, act)
+        self.down.record(r, hidden, out, **options)
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,7 @@ class Layer:
     mixer: Attention | ShortConv
     attn_post_norm: Tensor | None
     ffn_norm: Tensor | None
-    gate_up: Linear
-    fused_act: bool  # gate and up are one weight and have no bias: the product itself applies act(gate) * up
-    ffn_down: Linear
+    ffn: FeedForward | Experts
     ffn_post_norm: Tensor | None
 
 
@@ -89,10 +100,18 @@ class Transformer:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding, unless it is the output too."""
+        """Bytes of weights that a decode step reads: all but the embedding, unless it is the output too.
+
+        Of the experts those that one token has.
+        """
         read = {id(t.to): t.to.nbytes for t in self.targets.values()}
         if self.output is not self.token_embd:
             del read[id(self.token_embd)]
+        for layer in self.layers:
+            if isinstance(layer.ffn, Experts):
+                experts = layer.ffn.config
+                for weight in (matrices.weight for matrices in layer.ffn.matrices):
+                    read[id(weight)] = weight.nbytes * experts.n_used // experts.n_experts
         return sum(read.values())
 
     def record(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:
@@ -110,8 +129,9 @@ class Transformer:
                 mixed = layer.mixer.record(r, normed, kept)
             else:
                 mixed = self._record_attention(r, layer.mixer, kind, normed, kept, ropes[kind.rope])
-            self._add(r, layer.mixer.output, mixed, layer.attn_post_norm, x)
-            self._record_ffn(r, layer, x)
+            self._add(r, partial(layer.mixer.output.record, r, mixed), layer.attn_post_norm, x)
+            normed = self._normed(r, layer.ffn_norm, x)
+            self._add(r, partial(layer.ffn.record, r, normed, act=c.arch.act), layer.ffn_post_norm, x)
         last = r.scratch("last", r.n_seqs, c.dim)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
         r.rmsnorm(x, self.output_norm, last, c.norm_eps, gather=True)
@@ -132,21 +152,9 @@ class Transformer:
         r.rope_store(qkv, rope, q, pages, n_heads=n_heads)
         r.attention(
             q, pages, attended, n_heads=n_heads, scale=c.attention_scale, window=kind.window,
-            softcap=c.attention_softcap,
+            softcap=c.attention_softcap, sinks=attention.sinks,
         )  # fmt: skip
         return attended
-
-    def _record_ffn(self, r: Recorder, layer: Layer, x: Tensor) -> None:
-        c = self.config
-        hidden = r.scratch("hidden", r.n_rows, c.ffn_dim)
-        normed = self._normed(r, layer.ffn_norm, x)
-        if layer.fused_act:
-            layer.gate_up.record(r, normed, hidden, act=c.arch.act)
-        else:
-            both = r.scratch("gate and up", r.n_rows, 2 * c.ffn_dim)
-            layer.gate_up.record(r, normed, both)
-            r.gated(both, hidden, c.arch.act)
-        self._add(r, layer.ffn_down, hidden, layer.ffn_post_norm, x)
 
     def _normed(self, r: Recorder, weight: Tensor | None, x: Tensor) -> Tensor:
         if weight is None:
@@ -155,28 +163,27 @@ class Transformer:
         r.rmsnorm(x, weight, normed, self.config.norm_eps)
         return normed
 
-    def _add(self, r: Recorder, linear: Linear, y: Tensor, post_norm: Tensor | None, x: Tensor) -> None:
-        """x += scale * linear(y), normed first where there is a post norm."""
+    def _add(
+        self, r: Recorder, record: Callable[..., None], post_norm: Tensor | None, x: Tensor
+    ) -> None:  # fmt: skip
+        """x += scale * what `record` records, normed first where there is a post norm."""
         c = self.config
         if post_norm is None:
-            linear.record(r, y, x, residual=True, scale=c.residual_scale)
+            record(x, residual=True, scale=c.residual_scale)
             return
         added = r.scratch("added", *x.shape)
-        linear.record(r, y, added, scale=c.residual_scale)
+        record(added, residual=False, scale=c.residual_scale)
         r.rmsnorm(added, post_norm, x, c.norm_eps, residual=True)
 
     def _layer(self, i: int) -> Layer:
         c, at = self.config, f"blk.{i}."
-        gate_up, fused_act = self._gate_up(at)
         pre, post = c.arch.norms in ("pre", "both"), c.arch.norms in ("post", "both")
         return Layer(
             attn_norm=self._vector(at + "attn_norm.weight", c.dim) if pre else None,
             mixer=self._attention(at, c.layers[i]) if c.layers[i].n_kv_heads else self._short_conv(at),
             attn_post_norm=self._vector(at + "post_attention_norm.weight", c.dim) if post else None,
-            ffn_norm=self._vector(at + "ffn_norm.weight", c.dim) if pre else None,
-            gate_up=gate_up,
-            fused_act=fused_act,
-            ffn_down=self._linear(at, {"ffn_down": c.dim}, c.ffn_dim),
+            ffn_norm=self._vector(f"{at}{c.arch.ffn_norm}.weight", c.dim) if pre else None,
+            ffn=self._experts(at) if c.experts else self._feed_forward(at),
             ffn_post_norm=self._vector(at + "post_ffw_norm.weight", c.dim) if post else None,
         )
 
@@ -192,6 +199,7 @@ class Transformer:
                 self._vector(at + "attn_q_norm.weight", lengths[0]),
                 self._vector(at + "attn_k_norm.weight", lengths[1]),
             ),
+            sinks=self._vector(at + "attn_sinks.weight", kind.n_heads) if c.arch.sinks else None,
             output=self._linear(at, {"attn_output": c.dim}, heads),
         )
 
@@ -202,6 +210,40 @@ class Transformer:
             conv=self._small(at + "shortconv.conv.weight", (c.dim, c.l_cache)),
             output=self._linear(at, {"shortconv.out_proj": c.dim}, c.dim),
         )
+
+    def _experts(self, at: str) -> Experts:
+        c, e = self.config, self.config.experts
+        names = ("ffn_gate_exps", "ffn_up_exps")
+        shape = (c.dim, e.ffn_dim, e.n_experts)
+        alike = len({self._gguf.tensor(f"{at}{name}.weight", shape).ggml_type for name in names}) == 1
+        return Experts(
+            config=e,
+            router=self._linear(at, {"ffn_gate_inp": e.n_experts}, c.dim),
+            gate_up=tuple(
+                self._expert_matrices(at, group, e.ffn_dim, c.dim)
+                for group in ([names] if alike else [names[:1], names[1:]])
+            ),
+            down=self._expert_matrices(at, ("ffn_down_exps",), c.dim, e.ffn_dim),
+        )
+
+    def _expert_matrices(self, at: str, names: tuple[str, ...], n: int, k: int) -> ExpertMatrices:
+        """A matrix of n rows for each name and expert; those of an expert are next to each other."""
+        n_experts, rows = self.config.experts.n_experts, n * len(names)
+        fmt = self._stored(self._gguf.tensor(f"{at}{names[0]}.weight", (k, n, n_experts)).format)
+        weight = Weight.alloc(self._device, fmt, n_experts * rows, k, at + "+".join(names), unit=rows)
+        present = [name for name in names if f"{at}{name}.bias" in self._gguf.tensors]
+        bias = Tensor.alloc(self._device, (n_experts, rows), "f32", f"{at}bias") if present else None
+        for i, name in enumerate(names):
+            self.targets[f"{at}{name}.weight"] = Target(weight, i * n, run=n, every=rows)
+            if name in present:
+                self._gguf.tensor(f"{at}{name}.bias", (n, n_experts))
+                self.targets[f"{at}{name}.bias"] = Target(bias, i * n, run=n, every=rows)
+        return ExpertMatrices(weight, bias)
+
+    def _feed_forward(self, at: str) -> FeedForward:
+        c = self.config
+        gate_up, fused_act = self._gate_up(at)
+        return FeedForward(gate_up, fused_act, down=self._linear(at, {"ffn_down": c.dim}, c.ffn_dim))
 
     def _gate_up(self, at: str) -> tuple[Linear, bool]:
         c = self.config
@@ -293,17 +335,20 @@ def final_norm(config: ModelConfig, gguf: GGUFFile) -> str:
 
 def _has_tensor(config: ModelConfig, kind: LayerKind, part: str) -> bool:
     stem, _, role = part.rpartition(".")
-    biased = role == "bias" and not stem.endswith(("norm", ".conv"))
+    biased = role == "bias" and not stem.endswith(("norm", ".conv", "sinks"))
     return (role == "weight" or biased) and stem in _layer_tensors(config, kind)
 
 
 def _layer_tensors(config: ModelConfig, kind: LayerKind) -> set[str]:
     arch = config.arch
     names = {"ffn_up", "ffn_down"} | (set() if arch.fused else {"ffn_gate"})
+    if arch.experts:
+        names = {"ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
     if kind.n_kv_heads:
         names |= {"attn_output"} | ({"attn_qkv"} if arch.fused else {"attn_q", "attn_k", "attn_v"})
         names |= {"attn_q_norm", "attn_k_norm"} if arch.qk_norm else set()
+        names |= {"attn_sinks"} if arch.sinks else set()
     else:
         names |= {"shortconv.in_proj", "shortconv.conv", "shortconv.out_proj"}
-    names |= {"attn_norm", "ffn_norm"} if arch.norms != "post" else set()
+    names |= {"attn_norm", arch.ffn_norm} if arch.norms != "post" else set()
     return names | ({"post_attention_norm", "post_ffw_norm"} if arch.norms != "pre" else set())

@@ -98,18 +98,28 @@ def repack(c: dict, views: list[np.ndarray]) -> None:
     v = Views(views)
     raw, params = v.bytes(), v.u32()
     fmt = FORMATS[c["fmt"]]
-    n_chunks, first = int(params[0]), int(params[1])
-    n_blocks = fmt.n_blocks(n_chunks * 32)
+    n_blocks = fmt.n_blocks(int(params[0]) * 32)
     blocks = raw[: n_blocks * fmt.block_bytes].reshape(n_blocks, fmt.block_bytes)
     if c.get("dense"):
-        v.f32()[first * 32 : (first + n_chunks) * 32] = dequant.dequantize(fmt.name, blocks).reshape(-1)
-        return
-    start = fmt.n_blocks(first * 32)
-    for part, data in zip(fmt.parts, dequant.repack(fmt.name, blocks).values(), strict=True):
-        out = v.bytes()
-        out[start * part.block_bytes :][: n_blocks * part.block_bytes] = (
-            np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-        )
+        sources, sizes = [dequant.dequantize(fmt.name, blocks)], [4 * fmt.block_elements]
+    else:
+        sources = list(dequant.repack(fmt.name, blocks).values())
+        sizes = [part.block_bytes for part in fmt.parts]
+    for data, size in zip(sources, sizes, strict=True):
+        source, out = np.ascontiguousarray(data).view(np.uint8).reshape(-1), v.bytes()
+        for start, to, n in _runs(params):
+            start, to, n = (fmt.n_blocks(chunks * 32) * size for chunks in (start, to, n))
+            out[to : to + n] = source[start : start + n]
+
+
+def _runs(params: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Chunks that stay together: where they begin in the source, where in the destination, and how many they are."""
+    n_chunks, first, start, run, every = (int(p) for p in params[:5])
+    c = start
+    while c < start + n_chunks:
+        n = min(run - c % run, start + n_chunks - c)
+        yield c - start, first + c // run * every + c % run, n
+        c += n
 
 
 @twin

@@ -1,4 +1,4 @@
-"""The numpy twins of the kernels for mixtures of experts: see `cpu_kernels.py`. Only the chosen experts are decoded."""
+"""The numpy twins of the kernels for mixtures of experts, as `cpu_kernels.py`. Only chosen experts are decoded."""
 
 from __future__ import annotations
 

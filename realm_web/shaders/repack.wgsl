@@ -1,5 +1,6 @@
 // Raw GGUF blocks to the aligned layout of `quants.FORMATS`: one thread per chunk of 32 weights.
-// source (n_bytes,) u32: whole blocks, from byte 0;  params: [0] chunks here, [1] first chunk of the destination
+// source (n_bytes,) u32: whole blocks, from byte 0;  params: [0] chunks here; the i-th is number c = [2] + i of a tensor and
+// goes to [1] + c / [3] * [4] + c % [3]: runs of [3] chunks, each [4] after the one before
 // constants: fmt;  grid: (ceil(chunks / 64), 1, 1)
 {{ bind("source", "u32") }}
 {{ bind("params", "u32") }}
@@ -30,6 +31,7 @@ fn byte(at: u32) -> u32 {
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   if (id.x < params[0]) {
-    repack(id.x, params[1] + id.x);
+    let c = params[2] + id.x;
+    repack(id.x, params[1] + c / params[3] * params[4] + c % params[3]);
   }
 }

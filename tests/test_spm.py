@@ -8,13 +8,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import models, normalizers
 
 from realm_web.errors import FormatError
 from realm_web.gguf import NeedMoreBytes, parse
 from realm_web.tokenizer import Tokenizer
 from realm_web.tokenizer.spm import PieceEncoder
+from realm_web.tokenizer.vocabulary import TokenType
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
 
@@ -128,6 +131,31 @@ def test_ids_and_text_are_those_of_sentencepiece(prefix: bool, text: str) -> Non
     ids = tokenizer.encode(text, add_special=False, parse_special=False)
     assert ids == sp.encode(text)
     assert tokenizer.decode(ids) == text == sp.decode(ids)
+
+
+@given(text=texts)
+@settings(max_examples=300, deadline=None)
+def test_ids_are_those_of_the_tokenizers_package(text: str) -> None:
+    tokenizer = both(False)[1]
+    ids = tokenizer.encode(text, add_special=False, parse_special=False)
+    assert ids == as_ranked_merges().encode(text).ids
+
+
+@cache
+def as_ranked_merges() -> tokenizers.Tokenizer:
+    """The same vocabulary as Hugging Face converts it: every way to make a piece, the best pieces first."""
+    vocabulary = both(False)[1].vocabulary
+    ids = {piece: i for piece, i in vocabulary.ids.items() if vocabulary.types[i] == TokenType.NORMAL}
+    merges = []
+    for piece in sorted(ids, key=lambda piece: -vocabulary.scores[ids[piece]]):
+        halves = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        merges += sorted(
+            (pair for pair in halves if ids.keys() >= {*pair}), key=lambda pair: [ids[half] for half in pair]
+        )
+    model = models.BPE(vocabulary.ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    oracle = tokenizers.Tokenizer(model)
+    oracle.normalizer = normalizers.Replace(" ", "▁")
+    return oracle
 
 
 @cache

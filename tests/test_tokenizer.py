@@ -320,6 +320,9 @@ MALFORMED = {
     "scores are strings": {"scores": ["0"] * len(TOKENS)},
     "BOS out of range": {"bos_token_id": len(TOKENS)},
     "EOS negative": {"eos_token_id": -1},
+    "EOS is a long list": {"eos_token_id": ["a" * 1000] * 1000},
+    "a long token twice": {"tokens": [*TOKENS, "a" * 1000, "a" * 1000]},
+    "a long merge of unknown tokens": {"merges": ["b" * 1000 + " a"]},
     "EOT is a string": {"eot_token_id": "0"},
     "padding is NaN": {"padding_token_id": float("nan")},
     "unknown token is a flag": {"unknown_token_id": True},
@@ -338,6 +341,7 @@ def test_malformed_metadata_is_one_clear_error(case: str) -> None:
     with pytest.raises(FormatError, match=r"^tokenizer\.ggml\.\w+") as caught:
         Tokenizer.from_metadata(metadata(**wrong))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_numeric_arrays_may_be_typed_arrays() -> None:

@@ -7,6 +7,7 @@ et al. 2016; the printable alphabet for bytes is GPT-2's.
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain
+from reprlib import repr as short  # a value of the file may be megabytes long
 
 from realm_web.errors import FormatError
 from realm_web.tokenizer.cache import WordCache
@@ -112,10 +113,9 @@ def _read_merges(ids: dict[str, int], merges: Sequence[str]) -> tuple[dict[int, 
             key = ids[left] * stride + ids[right]
             merged.append(ids[left + right])
         except KeyError as error:
+            where = f"tokenizer.ggml.merges[{rank}]: {short(merge)}"
             if middle < 0 or not right:
-                raise FormatError(f"tokenizer.ggml.merges[{rank}]: {merge!r} is not two tokens") from None
-            raise FormatError(
-                f"tokenizer.ggml.merges[{rank}]: {merge!r} needs {error.args[0]!r}, which is not a token"
-            ) from None
+                raise FormatError(f"{where} is not two tokens") from None
+            raise FormatError(f"{where} needs {short(error.args[0])}, which is not a token") from None
         ranks.setdefault(key, rank)
     return ranks, merged

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
+from reprlib import repr as short  # a value of the file may be megabytes long
 
 from realm_web.errors import UnsupportedError
 
@@ -207,6 +208,7 @@ def find_splitter(name: str) -> Splitter:
     """The splitter that `tokenizer.ggml.pre` names; `default` where a file has none."""
     if name not in _BY_NAME:
         raise UnsupportedError(
-            f"tokenizer.ggml.pre: pre-tokenizer {name!r} is not supported (supported: {', '.join(_BY_NAME)})"
+            f"tokenizer.ggml.pre: pre-tokenizer {short(name)} is not supported "
+            f"(supported: {', '.join(_BY_NAME)})"
         )
     return _BY_NAME[name]

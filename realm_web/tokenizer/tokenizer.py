@@ -6,6 +6,7 @@ Knows no model and no device. How plain text is split is the business of the enc
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from reprlib import repr as short  # a value of the file may be megabytes long
 from typing import Any, Protocol
 
 from realm_web.errors import FormatError, RequestError, UnsupportedError
@@ -95,7 +96,9 @@ class Tokenizer:
         """
         model = read_string(metadata, "model")
         if model not in ("gpt2", "llama"):
-            raise UnsupportedError(f"tokenizer.ggml.model: {model!r} is not supported (supported: {_KINDS})")
+            raise UnsupportedError(
+                f"tokenizer.ggml.model: {short(model)} is not supported (supported: {_KINDS})"
+            )
         name = read_string(metadata, "pre", "default")
         # Of text-to-text vocabularies only Unigram ones collapse spaces, so the flag is checked and no more.
         read_flag(metadata, "remove_extra_whitespaces", False)

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from reprlib import repr as short  # a value of the file may be megabytes long
 from typing import Any
 
 from realm_web.errors import FormatError
@@ -120,7 +121,7 @@ class Vocabulary:
         if len(ids) < len(tokens):
             twice = next(i for i, token in enumerate(tokens) if ids[token] != i)
             raise FormatError(
-                f"{_PREFIX}tokens: {tokens[twice]!r} stands at {twice} and at {ids[tokens[twice]]}"
+                f"{_PREFIX}tokens: {short(tokens[twice])} stands at {twice} and at {ids[tokens[twice]]}"
             )
         types = _read_types(metadata, len(tokens))
         scores = _read_scores(metadata, len(tokens))
@@ -180,7 +181,7 @@ def read_flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
     """`tokenizer.ggml.<key>`, true or false."""
     value = metadata.get(_PREFIX + key, default)
     if not isinstance(value, bool):
-        raise FormatError(f"{_PREFIX}{key}: true or false is wanted, not {value!r}")
+        raise FormatError(f"{_PREFIX}{key}: true or false is wanted, not {short(value)}")
     return value
 
 
@@ -220,14 +221,14 @@ def _read_scores(metadata: Mapping[str, Any], n_tokens: int) -> Sequence[float] 
         raise FormatError(f"{_PREFIX}scores: {len(scores)} entries for {n_tokens} tokens")
     for i, score in enumerate(scores):
         if not isinstance(score, (int, float)) or score != score:
-            raise FormatError(f"{_PREFIX}scores[{i}]: a number is wanted, not {score!r}")
+            raise FormatError(f"{_PREFIX}scores[{i}]: a number is wanted, not {short(score)}")
     return scores
 
 
 def _read_id(metadata: Mapping[str, Any], key: str, n_tokens: int) -> int:
     value = metadata[_PREFIX + key]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n_tokens:
-        raise FormatError(f"{_PREFIX}{key}: {value!r} is not a token of the vocabulary of {n_tokens}")
+        raise FormatError(f"{_PREFIX}{key}: {short(value)} is not a token of the vocabulary of {n_tokens}")
     return value
 
 

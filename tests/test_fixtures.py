@@ -30,7 +30,7 @@ FIRST = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 # Against float64 on the same weights, log-probabilities, keys and values in float32: sums of up to 512 terms
 # in another order, through two layers
-EXACT = 1e-4
+EXACT = 2e-5
 # llama.cpp rounds activations to 8 bits: it is up to 0.112 (IQ2_M), 0.016 in the mean, from float64
 ROUNDED, ROUNDED_MEAN = 0.15, 0.03
 # Where its two best are closer than this, its path may be another, rightly

@@ -96,6 +96,11 @@ def test_parts_of_a_chunk_are_whole_words(name):
     assert sum(fmt.packed_nbytes(n).values()) == fmt.n_blocks(n) * fmt.packed_block_bytes
 
 
+def test_a_kernel_binds_no_weight_in_more_than_four_buffers():
+    """Eight are sure on every adapter, and a product binds four others."""
+    assert max(fmt.n_bindings for fmt in FORMATS.values()) <= 4
+
+
 def test_sizes_count_whole_blocks_only():
     q4 = FORMATS["Q4_K"]
     assert q4.nbytes(512) == 288

@@ -1,5 +1,7 @@
 """The IQ1, IQ2 and IQ3 formats: 256 weights a block, 4 or 8 at a time named by an index into a grid."""
 
+from functools import cache
+
 import numpy as np
 
 from realm_web.dequant.bits import Codec, Parts, as_bytes, half, padded_half
@@ -8,6 +10,7 @@ from realm_web.grids import GRIDS, rows
 DELTA = np.float32(0.125)  # by which IQ1 weights are off the grid
 
 
+@cache
 def _table(name: str) -> np.ndarray:
     """Rows of the grid as float32."""
     return np.frombuffer(rows(name), np.int8).reshape(-1, GRIDS[name].length).astype(np.float32)

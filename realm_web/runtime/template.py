@@ -5,6 +5,7 @@ A kernel is `shaders/<name>.wgsl`. Inside a template
   the order of these calls is the order of the tensors given to `Program.add`;
 - `{{ weight("w", "Q4_K") }}` includes the decode snippet `shaders/quant/q4_k.wgsl`, which declares the
   bindings of one packed weight and a function `w_decode(chunk) -> array<vec4<f32>, 8>`;
+- `codebook_words("iq4")` are the four words of a codebook of `grids.py`;
 - lines that begin with `#` are jinja2 statements.
 
 An undefined name is an error, and so is a constant that no template reads.

@@ -14,17 +14,20 @@ MODEL ?=
 ARGS ?=
 PYTEST ?= -q
 
-.PHONY: help chat web bench doctor test lint format site clean vulkan chromium node
+.PHONY: help chat web bench doctor test test-oracle lint format site clean vulkan chromium node
 
 help: ## this list
 	@echo "usage: make TASK [MODEL=file.gguf] [ARGS='more arguments']"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 chat: $(VENV)/installed $(VENV)/model vulkan ## set up what is missing, then talk with a model
 	@$(BIN)/realm chat $(MODEL) $(ARGS)
 
 test: $(VENV)/developer $(VENV)/model $(VENV)/vocabulary vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
 	@$(BIN)/python -m pytest $(PYTEST)
+
+test-oracle: $(VENV)/oracle vulkan ## compare every architecture with PyTorch and transformers (gigabytes to install)
+	@$(BIN)/python -m pytest $(PYTEST) $$(grep --files-with-matches 'importorskip("torch"' tests/test_*.py)
 
 web: $(VENV)/installed $(VENV)/model site ## serve the page and a model on this machine
 	@$(BIN)/realm web $(MODEL) $(ARGS)
@@ -73,6 +76,11 @@ $(VENV)/developer: pyproject.toml | $(VENV)/created
 	@echo "installing realm_web with the developer tools"
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/oracle: pyproject.toml | $(VENV)/developer
+	@echo "installing PyTorch and transformers"
+	@$(PIP) --editable '.[dev,oracle]'
+	@touch $@
 
 # The package depends on libraries that realm_web does not use, one of them compiled on the spot: only its file.
 $(VENV)/model: | $(VENV)/created

@@ -113,7 +113,8 @@ HELPERS = """
       };
     },
     passOn(promise, id) {
-      promise.then((bytes) => onResult(id, bytes, null), (error) => onResult(id, null, error.message));
+      // undefined is None in Python; null is a value of its own there (pyodide.ffi.jsnull)
+      promise.then((bytes) => onResult(id, bytes, undefined), (error) => onResult(id, undefined, error.message));
     },
     done: () => device.queue.onSubmittedWorkDone(),
   };

@@ -1,7 +1,7 @@
-"""Tiny random mixtures of experts of `transformers`, and GGUF files of them as llama.cpp's converter writes them.
+"""Tiny random mixtures of experts of `transformers`, and GGUF files of them as llama.cpp's converter does it.
 
-The converter parts the fused gate and up matrices (Qwen3: one after the other; gpt-oss: row by row, transposed) and
-keeps the experts of a layer in one 3-D tensor. What the dense families need too comes from `hf_models.py`.
+The converter parts the fused gate and up matrices (Qwen3: one after the other; gpt-oss: row by row, transposed)
+and keeps the experts of a layer in one 3-D tensor. What the dense families need too is in `hf_models.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ from hf_models import VOCAB
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # fmt: skip
-QWEN = {"num_hidden_layers": 2, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
-        "norm_topk_prob": True, "tie_word_embeddings": False}  # fmt: skip
+QWEN = {"num_hidden_layers": 2, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "norm_topk_prob": True, "tie_word_embeddings": False}  # fmt: skip
 GPT_OSS = {"num_hidden_layers": 3, "head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
            "intermediate_size": 96, "sliding_window": 20, "rope_parameters": YARN}  # fmt: skip
 
@@ -62,7 +62,9 @@ def gpt_oss(types: Mapping[str, str] | None = None, **settings) -> Case:
 CASES = {
     "qwen3moe": qwen(),
     "qwen3moe, weights as of all": qwen(norm=False, metadata={"expert_weights_norm": False}),
-    "qwen3moe, gate and up of two formats": qwen(types={"*gate_exps*": "Q8_0", "*up_exps*": "F16", "*down_exps*": "Q4_1"}),
+    "qwen3moe, gate and up of two formats": qwen(
+        types={"*gate_exps*": "Q8_0", "*up_exps*": "F16", "*down_exps*": "Q4_1"}
+    ),
     "gpt-oss": gpt_oss(),
     "gpt-oss, MXFP4": gpt_oss({"*_exps.weight": "MXFP4", "*attn_?.weight": "Q8_0"}),
     "gpt-oss, gate and up of two formats": gpt_oss({"*gate_exps.weight": "Q8_0", "*up_exps.weight": "Q4_0"}),
@@ -100,8 +102,8 @@ def export(
 ) -> Path:  # fmt: skip
     """Write the model, whose weights become what the blocks in the file decode to.
 
-    `other`: keys to change (None takes one away). `without`: a tensor to leave out. `reshaped`: tensors to replace by
-    zeros of another shape.
+    `other`: keys to change (None takes one away). `without`: a tensor to leave out. `reshaped`: tensors to
+    replace by zeros of another shape.
     """
     values = {
         f"{case.arch}.{key}": v

@@ -45,7 +45,8 @@ def _experts_only(tensors):
 
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=256, m=3, act="", bias=False, weighted=False, residual=False, scale=1.0,
-             n_used=2, n_experts=5, here=None, offset=0, lanes=1, rows=1, wg=64, subgroup=0, fold=0):  # fmt: skip
+             n_used=2, n_experts=5, here=None, offset=0, lanes=1, rows=1, wg=64, subgroup=0,
+             fold=0):  # fmt: skip
         per = n * (2 if act else 1)
         first, n_here = here or (0, n_experts)
 

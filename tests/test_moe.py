@@ -1,4 +1,4 @@
-"""Mixtures of experts against PyTorch and `transformers` on the same random weights, in float32 all the way."""
+"""Mixtures of experts against PyTorch and `transformers` on the same weights, in float32 all the way."""
 
 import asyncio
 import os
@@ -11,7 +11,6 @@ import pytest
 
 from realm_web.engine import Engine
 from realm_web.errors import FormatError, RealmError, UnsupportedError
-from realm_web.models import build, read_config
 from realm_web.runtime.adapters import open_device
 from realm_web.sampler import SamplingParams
 
@@ -174,7 +173,7 @@ FILES = {
     "another length": ({"expert_feed_forward_length": 64}, r"tensor .*_exps.* has shape \(64, 96, 8\)"),
     "no length": ({"expert_feed_forward_length": None}, "'qwen3moe.expert_feed_forward_length' is missing"),
     "length 0": ({"expert_feed_forward_length": 0}, "'qwen3moe.expert_feed_forward_length' is 0"),
-    "a length that is no whole chunks": ({"expert_feed_forward_length": 40}, "expert_feed_forward_length is 40"),
+    "a length of part of a chunk": ({"expert_feed_forward_length": 40}, "expert_feed_forward_length is 40"),
     "an unknown gate": ({"expert_gating_func": 2}, "expert_gating_func is 2; supported are 1 and 3"),
 }  # fmt: skip
 

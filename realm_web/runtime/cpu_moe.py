@@ -1,4 +1,4 @@
-"""The numpy twins of the kernels for mixtures of experts, as `cpu_kernels.py`. Only chosen experts are decoded."""
+"""The numpy twins of the kernels for mixtures of experts, as `cpu_kernels.py`; only chosen experts are read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tiny random mixtures of experts of `transformers`, and GGUF files of them as llama.cpp's converter does it.
 
-The converter parts the fused gate and up matrices (Qwen3: one after the other; gpt-oss: row by row, transposed)
+The converter parts the fused gate and up matrices (Qwen3: one after the other; gpt-oss: row by row, turned)
 and keeps the experts of a layer in one 3-D tensor. What the dense families need too is in `hf_models.py`.
 """
 

@@ -1,4 +1,4 @@
-"""The numpy twins of the kernels for mixtures of experts, as `cpu_kernels.py`; only chosen experts are read."""
+"""The numpy twins of the kernels for mixtures of experts, as in `cpu_kernels.py`."""
 
 from __future__ import annotations
 

@@ -209,7 +209,8 @@ class Recorder:
     ) -> None:
         """Products of each row of x with its experts: a row of `out` for each of them.
 
-        With `weighted` x has a row for each of them, and out their weighted sum. `weight.unit`: rows per expert.
+        With `weighted` x has a row for each of them, and out their weighted sum. An expert has
+        `weight.unit` rows.
         """
         n_used, halves = routes.shape[1], 2 if act else 1
         n = weight.unit // halves

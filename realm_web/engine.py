@@ -23,6 +23,7 @@ from realm_web.loader import Loader, Source, read_header, read_vector
 from realm_web.models import build, read_config
 from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable, rope_table
+from realm_web.pacing import Pacing
 from realm_web.runner import Bucket, Runner, room_error
 from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Device
@@ -129,26 +130,19 @@ class Engine:
     ...     await engine.close()
     """
 
-    def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, template: ChatTemplate, gguf: GGUFFile, latency: float
-    ):
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, template: ChatTemplate, gguf: GGUFFile):
         self.runner, self.tokenizer, self.template, self.gguf = runner, tokenizer, template, gguf
         self.context = runner.pool.n_blocks * runner.pool.block_size
         self.scheduler = Scheduler(
             runner.pool, max_seqs=runner.layout.max_seqs, max_rows=runner.max_rows, max_context=self.context
         )
-        self.readback_latency = latency  # seconds from submission to the host, on an idle device
-        self.max_depth = (
-            1 if runner.device.kind == "cpu" else MAX_DEPTH
-        )  # numpy runs a step when it is submitted
-        self.depth = 2  # steps in flight: it follows the latency
+        # steps in flight; numpy runs a step when it is submitted, so there is nothing to overlap
+        self.pacing = Pacing(1 if runner.device.kind == "cpu" else MAX_DEPTH)
         self._answers: dict[str, _Answer] = {}
         self._names = itertools.count()
         self._n_in_flight = 0
         self._compiling: asyncio.Future | None = None  # of the program that the next step needs
         self._closed = False
-        self._arrived = 0.0  # when the newest step did
-        self._step_seconds = 0.0
 
     @classmethod
     async def open(
@@ -227,11 +221,10 @@ class Engine:
                 loader.load(report("load", Path(source.name).name)),
                 runner.prepare(report("compile", device.name)),
             )
-            latency = await _measure_latency(device)
         except BaseException:
             device.close()
             raise
-        return cls(runner, tokenizer, template, gguf, latency)
+        return cls(runner, tokenizer, template, gguf)
 
     @property
     def device(self) -> Device:
@@ -300,6 +293,8 @@ class Engine:
         request = Request(f"r{next(self._names)}", prompt_ids, params, self.tokenizer.eog_ids, seed)
         self.scheduler.add(request)
         answer = _Answer(request, self.tokenizer.stream(skip_special=True), StopMatcher(params.stop))
+        if not self._n_in_flight:
+            self.pacing.pause()
         self._answers[request.id] = answer
         self._fill()
         return answer
@@ -307,7 +302,7 @@ class Engine:
     def _fill(self) -> None:
         """Submit until `depth` steps are in flight or nothing more can run."""
         try:
-            while not self._compiling and self._n_in_flight < min(self.depth, self.max_depth):
+            while not self._compiling and self._n_in_flight < self.pacing.depth:
                 batch = self.scheduler.schedule()
                 if batch is None:
                     return
@@ -344,9 +339,10 @@ class Engine:
         try:
             if isinstance(data, BaseException):
                 raise data
-            now = time.perf_counter()
-            self._adapt_depth(now - self._arrived)
-            self._arrived = now
+            if batch.is_decode and self.pacing.depth > 1:
+                self.pacing.arrive(time.perf_counter())
+            else:
+                self.pacing.pause()
             self._deliver(batch, array("I", data))
         except Exception as error:
             self._fail_all(error)
@@ -358,12 +354,6 @@ class Engine:
             answer.queue.put_nowait(error)
         self._answers.clear()
         self.runner.forget()
-
-    def _adapt_depth(self, seconds: float) -> None:
-        """As many steps in flight as hide the readback latency: a step of 1 ms behind 10 ms needs 11."""
-        self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
-        wanted = 2 + int(self.readback_latency / max(self._step_seconds, 1e-6))
-        self.depth = min(self.max_depth, wanted)
 
     def _deliver(self, batch: Batch, ids: array) -> None:
         outputs = self.scheduler.update(batch, ids[: len(batch.seqs)])
@@ -415,7 +405,7 @@ async def _rope_tables(source: Source, gguf: GGUFFile, config: ModelConfig, cont
 
 
 def _choose_dense(device: Device, gguf: GGUFFile, wanted: bool | None) -> None:
-    """Drop the feature "dense" of a CPU device where float32 weights are not wanted, or would not fit well."""
+    """Drop "dense" from a CPU device where float32 weights are not wanted, or would not fit well."""
     if wanted is None:
         wanted = 4 * sum(info.n_elements for info in gguf.tensors.values()) <= device.limits.memory // 2
     if not wanted:
@@ -428,16 +418,3 @@ def _check_context(context: int | None, config: ModelConfig) -> int:
     if not 2 <= context <= config.context_length:
         raise RequestError(f"context {context}: this model takes 2 to {config.context_length} tokens")
     return context
-
-
-async def _measure_latency(device: Device) -> float:
-    """Seconds from an empty submission to its bytes on the host: the median of five."""
-    buffer = device.alloc(16, "latency probe")
-    program = device.program("latency probe")
-    program.readback = device.view(buffer)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        await device.submit(program)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[2]

@@ -7,6 +7,7 @@ from tiny import write_tiny
 
 from realm_web.engine import Engine
 from realm_web.errors import RealmError, RequestError
+from realm_web.pacing import Pacing
 from realm_web.sampler import SamplingParams
 
 DEVICES = ["cpu", "webgpu"]
@@ -64,7 +65,7 @@ def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole_one(tiny_path, device)
 def test_steps_in_flight_change_nothing(tiny_path, device):
     def at(depth):
         async def work(engine):
-            engine.depth = engine.max_depth = depth
+            engine.pacing = Pacing(depth, depth)
             return [(await answer(engine, PROMPT[:9], temperature=t, seed=5))[0] for t in (0, 1.5)]
 
         return work

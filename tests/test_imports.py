@@ -39,6 +39,7 @@ LEVELS = {
     "sources": 5,
     "convert": 5,
     "runner": 5,
+    "pacing": 5,
     "engine": 5,
     "llm": 6,
     "page": 6,

@@ -24,8 +24,8 @@ FMA = 2e-5  # sums of products of a few thousand terms, with or without fused mu
 HALF = 2e-3  # operands rounded to float16 (11 bits)
 EXACT = 0.0
 
-# Decoding is one function, the same in every kernel: each format once per kernel, these in its variants too. They
-# are one or two of each kind: floats, nibbles, K types, crumbs, codebook, grids of 8 and of 4.
+# Decoding is one function, the same in every kernel: each format once per kernel, these in its variants too.
+# They are one or two of each kind: floats, nibbles, K types, crumbs, codebook, grids of 8 and of 4.
 SHAPES = ("F32", "BF16", "Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "Q3_K", "IQ4_XS", "IQ2_XS", "IQ3_S")
 
 ST = StepLayout(max_rows=128, max_seqs=4, max_blocks=16)

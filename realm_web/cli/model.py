@@ -63,4 +63,10 @@ async def open_engine(args: argparse.Namespace) -> "Engine":
     from realm_web.engine import Engine
 
     with LoadProgress() as progress:
-        return await Engine.open(source, device=args.device, context=args.context, on_progress=progress)
+        return await Engine.open(
+            source,
+            device=args.device,
+            context=args.context,
+            cpu_dequant=args.cpu_dequant,
+            on_progress=progress,
+        )

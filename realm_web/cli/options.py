@@ -59,10 +59,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """--device and --context, as `open_engine` reads them."""
+    """--device, --context and --cpu-dequant, as `open_engine` reads them."""
     add_device(parser)
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of context (default: the model's, as memory allows)"
+        "--context", type=int, metavar="N", help="tokens of context (default: the model's, at most 8192)"
+    )
+    parser.add_argument(
+        "--cpu-dequant",
+        action=argparse.BooleanOptionalAction,
+        help="on the CPU, keep weights as float32: quicker, four bytes a weight (default: if half the free memory "
+        "is enough)",
     )
 
 

@@ -175,9 +175,9 @@ async function load(source, title, options = {}) {
     show("chat");
     $("prompt").focus();
   } catch (error) {
+    show("start");
     if (error.name !== "AbortError") notify(error.message.includes(title) ? error.message : `${title}: ${error.message}`);
     await listModels();
-    show("start");
   } finally {
     loading = null;
   }

@@ -289,12 +289,14 @@ function discard(error) {
   return error;
 }
 
-/** Throttled progress with the rate of the last few seconds, in bytes per second. */
+/** Progress, ten times a second at most, with the rate of the last few seconds in bytes per second. */
 function meter(total, start, onProgress) {
   const marks = [[performance.now(), start]];
+  let next = 0;
   return (done) => {
     const now = performance.now();
-    if (!onProgress || (now - marks.at(-1)[0] < 100 && done !== total)) return;
+    if (!onProgress || (now < next && done !== total)) return;
+    next = now + 100;
     marks.push([now, done]);
     while (marks.length > 2 && now - marks[0][0] > 3000) marks.shift();
     const rate = ((done - marks[0][1]) / Math.max(now - marks[0][0], 1)) * 1000;

@@ -134,7 +134,8 @@ self.onmessage = async ({ data }) => {
     const result = await calls[call](args ?? {}, { id, signal: controller.signal, emit });
     self.postMessage({ id, result });
   } catch (error) {
-    if (!(error instanceof CallError || error instanceof store.StoreError)) console.error(error);
+    const expected = error instanceof CallError || error instanceof store.StoreError || error.name === "AbortError";
+    if (!expected) console.error(error);
     self.postMessage({ id, error: { name: error.name, message: error.message } });
   } finally {
     running.delete(id);

@@ -77,16 +77,20 @@ def test_an_answer_comes_with_its_rates_and_nothing_is_asked_outside(browser, we
     assert any(url.endswith("pyodide.asm.wasm") for url in urls), "the worker's requests are not observed"
 
 
-def test_the_same_seed_gives_the_same_answer_and_settings_outlive_the_visit(page):
-    start_chat(page)
-    set_settings(page, max_tokens=12, seed=7, temperature=1)
-    first = ask(page, "hello world")
-    page.click("#new-chat")
-    assert page.locator("#log > li").count() == 0
-    assert ask(page, "hello world") == first
+def test_the_same_seed_gives_the_same_answer(chat):
+    set_settings(chat, max_tokens=12, seed=7, temperature=1)
+    first = ask(chat, "hello world")
+    chat.click("#new-chat")
+    assert chat.locator("#log > li").count() == 0
+    assert ask(chat, "hello world") == first
+
+
+def test_settings_outlive_the_visit_until_the_defaults_are_wanted(page):
+    set_settings(page, seed=7, system="Be brief.")
     page.reload()
     page.click("#settings-button")
     assert page.input_value("#settings [name=seed]") == "7"
+    assert page.input_value("#settings [name=system]") == "Be brief."
     page.click("#settings >> text=Defaults")
     assert page.input_value("#settings [name=seed]") == ""
     page.click("#settings >> text=Done")
@@ -148,26 +152,31 @@ def test_another_model_can_be_loaded_and_the_chat_begins_anew(page):
     assert page.is_visible("#empty")
 
 
-def test_on_a_telephone_nothing_is_wider_than_the_screen(page, shot):
-    page.set_viewport_size({"width": 360, "height": 740})
+def test_on_a_telephone_nothing_is_wider_than_the_screen(chat, shot):
     wide = "document.documentElement.scrollWidth > innerWidth"
-    assert not page.evaluate(wide)
-    shot(page, "start-phone")
-    start_chat(page)
-    set_settings(page, max_tokens=8, seed=3)
-    ask(page, "hello")
-    assert not page.evaluate(wide)
-    page.emulate_media(color_scheme="dark")
-    shot(page, "answer-phone-dark")
+    desk = chat.viewport_size
+    chat.set_viewport_size({"width": 360, "height": 740})
+    set_settings(chat, max_tokens=8, temperature=0)
+    ask(chat, "hello")
+    assert not chat.evaluate(wide)
+    chat.emulate_media(color_scheme="dark")
+    shot(chat, "answer-phone-dark")
+    chat.click("#model-button")
+    assert not chat.evaluate(wide)
+    shot(chat, "start-phone-dark")
+    chat.click("#back")
+    chat.emulate_media(color_scheme="light")
+    chat.set_viewport_size(desk)
 
 
-def test_every_control_has_a_name_for_screen_readers(page):
+def test_every_control_has_a_name_for_screen_readers(chat):
     unnamed = """[...document.querySelectorAll('button, input, textarea')].filter((node) =>
         !(node.closest('[hidden]') || node.ariaLabel || node.textContent.trim() || node.labels?.length)
         ).map((node) => node.id)"""
-    assert page.evaluate(unnamed) == []
-    start_chat(page)
-    assert page.evaluate(unnamed) == []
+    assert chat.evaluate(unnamed) == []
+    chat.click("#model-button")
+    assert chat.evaluate(unnamed) == []
+    chat.click("#back")
 
 
 def test_model_output_becomes_text_and_never_markup(page):

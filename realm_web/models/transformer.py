@@ -20,15 +20,12 @@ from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device
 from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
 
-ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LONG_ROPE = {"rope_factors_long.weight", "rope_factors_short.weight"}
+ROPE_FACTORS = {"rope_freqs.weight", *LONG_ROPE}
+PLAIN_TYPES = ("F32", "F16", "BF16")
 OF_MODEL = {"token_embd.weight", "output.weight", *ROPE_FACTORS}
 # copies that some files hold in every layer
-IGNORED = {
-    "rope_freqs.weight",
-    "attn_rot_embd.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
-}
+IGNORED = {"attn_rot_embd.weight", *ROPE_FACTORS}
 
 
 @dataclass(frozen=True)
@@ -281,7 +278,7 @@ class Transformer:
         first = 0
         for name, n in names.items():
             if name in present:
-                self._gguf.tensor(f"{at}{name}.bias", (n,))
+                check_plain(self._gguf.tensor(f"{at}{name}.bias", (n,)))
                 self.targets[f"{at}{name}.bias"] = Target(bias, first)
             first += n
         return bias
@@ -296,7 +293,7 @@ class Transformer:
 
     def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor that is kept in float32."""
-        self._gguf.tensor(name, shape[::-1])
+        check_plain(self._gguf.tensor(name, shape[::-1]))
         tensor = Tensor.alloc(self._device, shape, "f32", name)
         self.targets[name] = Target(tensor, 0)
         return tensor
@@ -314,6 +311,7 @@ class Transformer:
 
 def check_tensors(config: ModelConfig, gguf: GGUFFile) -> None:
     """Refuse tensors that the shared block would ignore: the model would run and talk nonsense."""
+    check_rope_factors(config, gguf)
     for name in gguf.tensors:
         head, _, rest = name.partition(".")
         layer, _, part = rest.partition(".")
@@ -325,6 +323,23 @@ def check_tensors(config: ModelConfig, gguf: GGUFFile) -> None:
             raise UnsupportedError(
                 f"tensor {name!r} is not one that the {config.architecture} architecture has here"
             )
+
+
+def check_plain(info: TensorInfo) -> None:
+    """Norms, biases and factors are read as numbers, not decoded."""
+    if info.type_name not in PLAIN_TYPES:
+        raise UnsupportedError(
+            f"tensor {info.name!r} is a vector of type {info.type_name}; supported are F32, F16 and BF16"
+        )
+
+
+def check_rope_factors(config: ModelConfig, gguf: GGUFFile) -> None:
+    """One for each pair that turns. LongRoPE has two sets; one is for contexts beyond the first training."""
+    wanted = {name for name in ROPE_FACTORS if name in gguf.tensors}
+    if LONG_ROPE & wanted or config.ropes[0].scaling.kind == "longrope":
+        wanted |= LONG_ROPE
+    for name in sorted(wanted):
+        check_plain(gguf.tensor(name, (config.rope_dim // 2,)))
 
 
 def final_norm(config: ModelConfig, gguf: GGUFFile) -> str:

@@ -144,7 +144,7 @@ class Metadata(dict[str, Value]):
             return default
         value = self._typed(key, (float, int), "a finite number")
         if not math.isfinite(value):
-            raise FormatError(f"metadata {_show(key)} is {_show(value)}; it must be a finite number")
+            raise FormatError(f"metadata {show(key)} is {show(value)}; it must be a finite number")
         _check_range(key, value, minimum, maximum)
         return float(value)
 
@@ -171,23 +171,23 @@ class Metadata(dict[str, Value]):
             if type(element) not in allowed or (of is float and not math.isfinite(element)):
                 kind = "a finite number" if of is float else f"of type {of.__name__}"
                 raise FormatError(
-                    f"metadata {_show(key)}: element {i} is {_show(element)}; it must be {kind}"
+                    f"metadata {show(key)}: element {i} is {show(element)}; it must be {kind}"
                 )
         if length is not None and len(value) != length:
-            raise FormatError(f"metadata {_show(key)} has {len(value)} elements; it must have {length}")
+            raise FormatError(f"metadata {show(key)} has {len(value)} elements; it must have {length}")
         return value
 
     def _absent(self, key: str, default: object) -> bool:
         if key not in self and isinstance(default, _Required):
             raise FormatError(
-                f"metadata {_show(key)} is missing; is the file complete, and a language model?"
+                f"metadata {show(key)} is missing; is the file complete, and a language model?"
             )
         return key not in self
 
     def _typed(self, key: str, types: tuple[type, ...], kind: str):
         value = self[key]
         if type(value) not in types:
-            raise FormatError(f"metadata {_show(key)} is {_show(value)}; it must be {kind}")
+            raise FormatError(f"metadata {show(key)} is {show(value)}; it must be {kind}")
         return value
 
 
@@ -205,11 +205,11 @@ class GGUFFile:
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor of this name and, if given, this shape (GGUF order); FormatError otherwise."""
         if name not in self.tensors:
-            raise FormatError(f"tensor {_show(name)} is missing; is the file complete?")
+            raise FormatError(f"tensor {show(name)} is missing; is the file complete?")
         info = self.tensors[name]
         if shape is not None and info.shape != tuple(shape):
             raise FormatError(
-                f"tensor {_show(name)} has shape {info.shape}; the metadata asks for {tuple(shape)}"
+                f"tensor {show(name)} has shape {info.shape}; the metadata asks for {tuple(shape)}"
             )
         return info
 
@@ -362,8 +362,8 @@ def _read_metadata(reader: _Reader, n_keys: int) -> Metadata:
     for i in range(n_keys):
         key = reader.string(f"the name of metadata key {i}", MAX_NAME)
         if key in metadata:
-            raise _broken(f"metadata key {_show(key)} occurs twice")
-        what = f"metadata {_show(key)}"
+            raise _broken(f"metadata key {show(key)} occurs twice")
+        what = f"metadata {show(key)}"
         metadata[key] = _read_value(reader, reader.unpack("I", f"the type of {what}"), what, 0)
     return metadata
 
@@ -418,7 +418,7 @@ def _boolean(value: int, what: str) -> bool:
 def _read_tensor(reader: _Reader) -> TensorInfo:
     """One entry of the tensor table; its `offset` is still relative to the tensor data."""
     name = reader.string("the name of a tensor", MAX_NAME)
-    what = f"tensor {_show(name)}"
+    what = f"tensor {show(name)}"
     n_dims = reader.unpack("I", f"the number of dimensions of {what}")
     if not 1 <= n_dims <= MAX_DIMS:
         raise _broken(f"{what} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}")
@@ -454,21 +454,21 @@ def _place_tensors(
     tensors: dict[str, TensorInfo] = {}
     for t in headers:
         if t.name in tensors:
-            raise _broken(f"tensor {_show(t.name)} occurs twice")
+            raise _broken(f"tensor {show(t.name)} occurs twice")
         if t.offset % alignment:
-            raise _broken(f"tensor {_show(t.name)} has offset {t.offset}, not a multiple of {alignment}")
+            raise _broken(f"tensor {show(t.name)} has offset {t.offset}, not a multiple of {alignment}")
         tensors[t.name] = TensorInfo(t.name, t.shape, t.ggml_type, data_offset + t.offset, t.nbytes)
     by_offset = sorted(tensors.values(), key=lambda t: t.offset)
     for one, other in pairwise(by_offset):
         if one.offset + one.nbytes > other.offset:
             raise _broken(
-                f"tensors {_show(one.name)} (to byte {one.offset + one.nbytes}) "
-                f"and {_show(other.name)} (from {other.offset}) overlap"
+                f"tensors {show(one.name)} (to byte {one.offset + one.nbytes}) "
+                f"and {show(other.name)} (from {other.offset}) overlap"
             )
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if file_size is not None and end > file_size:
         raise FormatError(
-            f"truncated GGUF file: tensor {_show(by_offset[-1].name)} ends at byte {end}, "
+            f"truncated GGUF file: tensor {show(by_offset[-1].name)} ends at byte {end}, "
             f"the file at byte {file_size}; download it again"
         )
     return tensors
@@ -481,7 +481,7 @@ def _broken(message: str) -> FormatError:
     return FormatError(f"broken GGUF file: {message}")
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """A value of the file for an error message: one line, no control characters, short."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
@@ -491,6 +491,6 @@ def _show(value: object) -> str:
 
 def _check_range(key: str, value: float, minimum: float | None, maximum: float | None) -> None:
     if minimum is not None and value < minimum:
-        raise FormatError(f"metadata {_show(key)} is {value}; it must be at least {minimum}")
+        raise FormatError(f"metadata {show(key)} is {value}; it must be at least {minimum}")
     if maximum is not None and value > maximum:
-        raise FormatError(f"metadata {_show(key)} is {value}; it must be at most {maximum}")
+        raise FormatError(f"metadata {show(key)} is {value}; it must be at most {maximum}")

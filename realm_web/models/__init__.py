@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from realm_web.errors import UnsupportedError
-from realm_web.gguf import GGUFFile
+from realm_web.gguf import GGUFFile, show
 from realm_web.models.config import Architecture, ModelConfig
 from realm_web.models.transformer import Transformer, check_tensors
 from realm_web.runtime.device import Device
@@ -33,7 +33,12 @@ ARCHITECTURES = {
         yarn_whole_pairs=False,
     ),
     "olmo2": Architecture(  # and OLMo 3, which has windows
-        rope_neox=True, qk_norm="all", norms="post", global_every=4, local_rope_base=0.0
+        rope_neox=True,
+        qk_norm="all",
+        norms="post",
+        global_every=4,
+        local_rope_base=0.0,
+        yarn_whole_factor=True,
     ),
 }
 
@@ -43,7 +48,7 @@ def read_config(gguf: GGUFFile) -> ModelConfig:
     name = gguf.metadata.get_str("general.architecture")
     if name not in ARCHITECTURES:
         raise UnsupportedError(
-            f"architecture {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"architecture {show(name)} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     config = ModelConfig.from_metadata(gguf.metadata, ARCHITECTURES[name])
     check_tensors(config, gguf)

@@ -33,6 +33,7 @@ class Architecture:
     experts: bool = False  # a mixture of experts in every layer
     sinks: bool = False  # a logit per head that takes its share of attention and gives nothing
     yarn_whole_pairs: bool = True  # as most; else the ends of YaRN's ramp may lie between two pairs
+    yarn_whole_factor: bool = False  # attn_factor, where the file has it, is all of YaRN's and no further one
     fused: bool = False  # attn_qkv and a gate-and-up ffn_up in the file
     embed_by_dim: bool = False  # embeddings times the square root of their length
     scales: bool = False  # Granite's embedding_scale, residual_scale and logit_scale
@@ -129,7 +130,8 @@ class ModelConfig:
             raise FormatError(f"{name}.rope.dimension_count is {rope_dim}; it must be even")
         context = _count(md, f"{name}.context_length", maximum=1 << 30)
         base = md.get_float(f"{name}.rope.freq_base", 10000.0, minimum=2.0)
-        ropes = [RopeConfig(base, read_scaling(md, name, context, whole_pairs=arch.yarn_whole_pairs))]
+        yarn = {"whole_pairs": arch.yarn_whole_pairs, "whole_factor": arch.yarn_whole_factor}
+        ropes = [RopeConfig(base, read_scaling(md, name, context, **yarn))]
         if arch.local_rope_base is not None:
             local = md.get_float(f"{name}.rope.freq_base_swa", arch.local_rope_base or base, minimum=2.0)
             ropes.append(RopeConfig(local, RopeScaling()))
@@ -150,9 +152,9 @@ class ModelConfig:
             ropes=tuple(ropes),
             layers=_layer_kinds(md, name, arch, heads, context),
             l_cache=md.get_int(f"{name}.shortconv.l_cache", minimum=2, maximum=8) if arch.short_conv else 0,
-            attention_scale=md.get_float(f"{name}.attention.scale", 0.0, minimum=0.0) or scale**-0.5,
-            attention_softcap=md.get_float(f"{name}.attn_logit_softcapping", 0.0, minimum=0.0),
-            logit_softcap=md.get_float(f"{name}.final_logit_softcapping", 0.0, minimum=0.0),
+            attention_scale=_factor(md, f"{name}.attention.scale") or scale**-0.5,
+            attention_softcap=_factor(md, f"{name}.attn_logit_softcapping"),
+            logit_softcap=_factor(md, f"{name}.final_logit_softcapping"),
             embedding_scale=math.sqrt(dim) if arch.embed_by_dim else scales["embedding_scale"],
             residual_scale=scales["residual_scale"],
             logit_scale=1 / scales["logit_scale"],
@@ -162,6 +164,14 @@ class ModelConfig:
 def _count(md: Metadata, key: str, default: int | None = None, maximum: int = BIG) -> int:
     bounds = {"minimum": 1, "maximum": maximum}
     return md.get_int(key, **bounds) if default is None else md.get_int(key, default, **bounds)
+
+
+def _factor(md: Metadata, key: str) -> float:
+    """A number that float32 holds with room to spare; 0 where there is none."""
+    value = md.get_float(key, 0.0, minimum=0.0, maximum=1e6)
+    if 0 < value < 1e-6:
+        raise FormatError(f"metadata {key} is {value}; it must be 0 or at least 1e-06")
+    return value
 
 
 def _read_heads(md: Metadata, name: str, arch: Architecture, n_layers: int) -> list[tuple[int, int]]:

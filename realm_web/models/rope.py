@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from realm_web.errors import UnsupportedError
-from realm_web.gguf import Metadata
+from realm_web.gguf import Metadata, show
 
 KINDS = ("none", "linear", "yarn", "longrope")
 
@@ -23,6 +23,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     whole_pairs: bool = True  # YaRN's ramp begins and ends at whole pairs
+    whole_factor: bool = False  # attn_factor is all of YaRN's factor on cos and sin, not one more
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,28 @@ class RopeTable:
     magnitude: float
 
 
-def read_scaling(md: Metadata, name: str, context: int, *, whole_pairs: bool = True) -> RopeScaling:
+def read_scaling(
+    md: Metadata, name: str, context: int, *, whole_pairs: bool = True, whole_factor: bool = False
+) -> RopeScaling:
     prefix = f"{name}.rope.scaling."
     original = md.get_int(prefix + "original_context_length", context, minimum=1)
     attn_factor = md.get_float(prefix + "attn_factor", 1.0, minimum=1e-6, maximum=1e6)
     kind = md.get_str(prefix + "type", "")
     if not kind:  # the key of older files
-        factor = md.get_float(f"{name}.rope.scale_linear", 1.0, minimum=1e-6)
+        factor = md.get_float(f"{name}.rope.scale_linear", 1.0, minimum=1e-6, maximum=1e6)
         return RopeScaling("linear" if factor != 1.0 else "none", factor, original, attn_factor)
     if kind not in KINDS:
-        raise UnsupportedError(f"{prefix}type is {kind!r}; supported are {', '.join(KINDS)}")
+        raise UnsupportedError(f"{prefix}type is {show(kind)}; supported are {', '.join(KINDS)}")
     scaled = kind in ("linear", "yarn")
     return RopeScaling(
         kind=kind,
         factor=md.get_float(prefix + "factor", 1.0, minimum=1e-6, maximum=1e6) if scaled else 1.0,
         original_context=original,
         attn_factor=attn_factor,
-        beta_fast=md.get_float(prefix + "yarn_beta_fast", 32.0, minimum=1e-6),
-        beta_slow=md.get_float(prefix + "yarn_beta_slow", 1.0, minimum=1e-6),
+        beta_fast=md.get_float(prefix + "yarn_beta_fast", 32.0, minimum=1e-6, maximum=1e6),
+        beta_slow=md.get_float(prefix + "yarn_beta_slow", 1.0, minimum=1e-6, maximum=1e6),
         whole_pairs=whole_pairs,
+        whole_factor=whole_factor and prefix + "attn_factor" in md,
     )
 
 
@@ -72,7 +76,7 @@ def rope_table(base: float, dim: int, scaling: RopeScaling, divisors: Sequence[f
         if scaling.whole_pairs:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(0, low), min(dim - 1, high)
-        if scaling.factor > 1:
+        if scaling.factor > 1 and not scaling.whole_factor:
             magnitude *= 1 + 0.1 * math.log(scaling.factor)
     turns = []
     for i in range(dim // 2):

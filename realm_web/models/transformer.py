@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from realm_web.errors import FormatError, UnsupportedError
-from realm_web.gguf import GGUFFile, TensorInfo
+from realm_web.gguf import GGUFFile, TensorInfo, show
 from realm_web.models.config import LayerKind, ModelConfig
 from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
@@ -312,16 +312,17 @@ class Transformer:
 def check_tensors(config: ModelConfig, gguf: GGUFFile) -> None:
     """Refuse tensors that the shared block would ignore: the model would run and talk nonsense."""
     check_rope_factors(config, gguf)
+    layers = {str(i): kind for i, kind in enumerate(config.layers)}
     for name in gguf.tensors:
         head, _, rest = name.partition(".")
         layer, _, part = rest.partition(".")
         if name in OF_MODEL or part in IGNORED or name == final_norm(config, gguf):
             continue
-        if head == "blk" and (not layer.isdecimal() or int(layer) >= config.n_layers):
-            raise FormatError(f"tensor {name!r} is of a layer beyond block_count {config.n_layers}")
-        if head != "blk" or not _has_tensor(config, config.layers[int(layer)], part):
+        if head == "blk" and layer not in layers:
+            raise FormatError(f"tensor {show(name)} is of a layer beyond block_count {config.n_layers}")
+        if head != "blk" or not _has_tensor(config, layers[layer], part):
             raise UnsupportedError(
-                f"tensor {name!r} is not one that the {config.architecture} architecture has here"
+                f"tensor {show(name)} is not one that the {config.architecture} architecture has here"
             )
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from realm_web.errors import FormatError
 
 _PREFIX = "tokenizer.ggml."
+# Characters of a token that is not of the plain kind. Each is looked for at every place of a text, and an
+# unused one may be written with another that is a character shorter; in real files they have a few dozen.
+_MAX_LENGTH = 256
 
 
 class TokenType(IntEnum):
@@ -124,6 +127,7 @@ class Vocabulary:
                 f"{_PREFIX}tokens: {short(tokens[twice])} stands at {twice} and at {ids[tokens[twice]]}"
             )
         types = _read_types(metadata, len(tokens))
+        _check_lengths(tokens, types)
         scores = _read_scores(metadata, len(tokens))
 
         def special(names: Sequence[str], *keys: str) -> int | None:
@@ -211,6 +215,15 @@ def _read_types(metadata: Mapping[str, Any], n_tokens: int) -> list[int]:
     for kind in set(map(type, types)) - {int, TokenType}:
         raise FormatError(f"{_PREFIX}token_type: integers are wanted, but it holds {kind.__name__}")
     return list(types)
+
+
+def _check_lengths(tokens: Sequence[str], types: Sequence[int]) -> None:
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind != TokenType.NORMAL and len(token) > _MAX_LENGTH:
+            raise FormatError(
+                f"{_PREFIX}tokens[{i}]: {short(token)} is of type {kind} and {len(token)} characters long; "
+                f"at most {_MAX_LENGTH} are accepted"
+            )
 
 
 def _read_scores(metadata: Mapping[str, Any], n_tokens: int) -> Sequence[float] | None:

@@ -111,7 +111,7 @@ class Page:
     async def chat(self, call_id: int, request: str, on_chunk: Callable[[str], None]) -> dict:
         """Answer `messages`, or continue `prompt`: JSON {model, options, and messages or prompt}.
 
-        `on_chunk` gets JSON {text} for every piece. The reply tells counts, rates and why the answer ended,
+        `on_chunk` gets the text of every piece. The reply tells counts, rates and why the answer ended,
         which is "abort" when it was stopped.
         """
         wanted = json.loads(request)
@@ -173,7 +173,7 @@ async def _stream(chunks: AsyncIterator[Chunk], on_chunk: Callable[[str], None])
             n_tokens += len(chunk.token_ids)
             final = chunk
             if chunk.text:
-                on_chunk(json.dumps({"text": chunk.text}))
+                on_chunk(chunk.text)
     except asyncio.CancelledError:
         final = None
     finally:

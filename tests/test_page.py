@@ -79,16 +79,14 @@ def test_the_pieces_of_an_answer_make_its_text_and_the_reply_counts_them(page, p
         _, info, _ = await opened(page, path)
         pieces = []
         options = {"temperature": 0, "max_tokens": 6}
-        reply = await page.chat(
-            2, request(info["model"], **options), lambda text: pieces.append(json.loads(text))
-        )
+        reply = await page.chat(2, request(info["model"], **options), pieces.append)
         prompt = json.dumps({"model": info["model"], "prompt": "hello", "options": options})
         raw = await page.chat(3, prompt, lambda text: None)
         await page.close(4, info["model"])
         return pieces, json.loads(reply)["ok"], json.loads(raw)["ok"]
 
     pieces, stats, raw = asyncio.run(run())
-    assert "".join(piece["text"] for piece in pieces)
+    assert "".join(pieces)
     assert stats["completion_tokens"] == 6 and stats["finish_reason"] == "length"
     assert stats["predicted_per_second"] > 0 and stats["time_to_first_token_ms"] > 0
     assert raw["prompt_tokens"] < stats["prompt_tokens"], "generate puts no template around the prompt"

@@ -98,7 +98,7 @@ const calls = {
 
   async chat(request, { id, signal, emit }) {
     const { page } = await boot();
-    return python(page, "chat", id, signal, JSON.stringify(request), (json) => emit(JSON.parse(json)));
+    return python(page, "chat", id, signal, JSON.stringify(request), (text) => emit({ text }));
   },
 
   async close({ model }, { id, signal }) {

@@ -91,6 +91,13 @@ def _gemma3(**full: object) -> dict:
     }
 
 
+def _olmo3_yarn() -> dict:
+    return {
+        "full_attention": {**YARN, "attention_factor": 1.3},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+
+
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
          "short_factor": [1.0 + 0.1 * i for i in range(6)], "long_factor": [1.5 + 0.7 * i for i in range(6)],
          "partial_rotary_factor": 0.75}  # fmt: skip
@@ -160,6 +167,12 @@ CASES = {
             "attention.sliding_window_pattern": [True, True, True, False, True],
         },
     ),
+    "olmo3 with YaRN": Case(
+        "olmo2",
+        "Olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 20, "rope_parameters": _olmo3_yarn(), **_UNTIED},
+        metadata={"attention.sliding_window": 20, "rope.scaling.attn_factor": 1.3},
+    ),
 }  # fmt: skip
 
 
@@ -167,6 +180,42 @@ def logits_of(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
     """Logits after every token: (n_tokens, n_vocab)."""
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def real_gemma3(path: Path) -> torch.nn.Module:
+    """Gemma 3 with the weights of a GGUF file, decoded by `gguf`; its shape is read from the file too."""
+    reader = gguf.GGUFReader(path)
+    weights = {
+        t.name: torch.from_numpy(
+            gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1].tolist())
+        )
+        for t in reader.tensors
+    }
+
+    def key(name: str):
+        return reader.fields[f"gemma3.{name}"].contents()
+
+    n_vocab, dim = weights["token_embd.weight"].shape
+    config = transformers.Gemma3TextConfig(
+        vocab_size=n_vocab,
+        hidden_size=dim,
+        intermediate_size=key("feed_forward_length"),
+        num_hidden_layers=key("block_count"),
+        num_attention_heads=key("attention.head_count"),
+        num_key_value_heads=key("attention.head_count_kv"),
+        head_dim=key("attention.key_length"),
+        query_pre_attn_scalar=key("attention.key_length"),
+        sliding_window=key("attention.sliding_window"),
+        rms_norm_eps=key("attention.layer_norm_rms_epsilon"),
+        rope_parameters=_gemma3(rope_theta=key("rope.freq_base")),
+        attn_implementation="eager",
+    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    model = transformers.Gemma3ForCausalLM(config).float().eval()
+    for name, parameter in model.named_parameters():
+        weight = weights[names.get_name(name, try_suffixes=(".weight",))]
+        parameter.data = weight - CASES["gemma3"].norm_shift if name.endswith("norm.weight") else weight
+    return model
 
 
 def export(

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says about the shape of its model; each value is checked, named when wrong.
+"""What the metadata of a GGUF file says about the shape of its model; every value is checked.
 
 `Architecture` says what the metadata does not: how decoders of one name differ from others. The table of them
 is in `models/__init__.py`.

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., RoFormer): how far each pair turns per position, with every scaling."""
+"""Rotary position embedding (Su et al., RoFormer): how far each pair turns per position, in every scaling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Turns per position of each pair, as fractions of 2**32, and the factor on cos and sin. Empty: no rotation."""
+    """Turns of each pair per position, in parts of 2**32, and the factor on cos and sin. Empty: none."""
 
     turns: tuple[int, ...]
     magnitude: float
@@ -62,9 +62,9 @@ def read_scaling(
 def rope_table(base: float, dim: int, scaling: RopeScaling, divisors: Sequence[float] = ()) -> RopeTable:
     """The table of one kind of layer.
 
-    `divisors` is `rope_freqs.weight` (Llama 3) or `rope_factors_*.weight` (LongRoPE, Ding et al.): each frequency is
-    divided by its entry. YaRN as in Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-    Models", with llama.cpp's ramp.
+    `divisors` is `rope_freqs.weight` (Llama 3) or `rope_factors_*.weight` (LongRoPE, Ding et al.): each
+    frequency is divided by its entry. YaRN as in Peng et al., "YaRN: Efficient Context Window Extension of
+    Large Language Models", with llama.cpp's ramp.
     """
     low = high = 0.0
     magnitude = scaling.attn_factor

@@ -185,12 +185,10 @@ def logits_of(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
 def real_gemma3(path: Path) -> torch.nn.Module:
     """Gemma 3 with the weights of a GGUF file, decoded by `gguf`; its shape is read from the file too."""
     reader = gguf.GGUFReader(path)
-    weights = {
-        t.name: torch.from_numpy(
-            gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1].tolist())
-        )
-        for t in reader.tensors
-    }
+    weights = {}
+    for t in reader.tensors:
+        data = gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
+        weights[t.name] = torch.from_numpy(np.require(data, requirements="W"))
 
     def key(name: str):
         return reader.fields[f"gemma3.{name}"].contents()

@@ -84,6 +84,7 @@ async function lookForGpu() {
   $("adapter-name").textContent = adapter.name ?? "no WebGPU";
   $("adapter-dot").className = `dot ${adapter.available ? (adapter.fallback ? "warn" : "good") : "bad"}`;
   usable = adapter.available;
+  for (const control of document.querySelectorAll("#own input, #own button")) control.disabled = !usable;
   if (!adapter.available) {
     notify(
       !isSecureContext
@@ -131,6 +132,7 @@ async function listModels() {
   );
 
   $("kept").hidden = kept.length === 0;
+  $("kept-total").hidden = kept.length < 2;
   $("kept-total").textContent = `${bytes(kept.reduce((sum, model) => sum + model.bytes, 0))} in all`;
   $("kept-list").replaceChildren(
     ...kept.map((model) => {

@@ -207,6 +207,7 @@ def test_without_webgpu_the_page_says_what_to_do(open_browser, web, tmp_path, sh
     assert "offers no GPU" in page.inner_text(".notice")
     assert page.inner_text("#adapter-name") == "no WebGPU"
     page.wait_for_selector("#offered-list button:disabled")
+    expect(page.locator("#file")).to_be_disabled()
     shot(page, "no-webgpu")
     context.close()
 

@@ -23,8 +23,12 @@ help: ## this list
 chat: $(VENV)/installed $(VENV)/model vulkan ## set up what is missing, then talk with a model
 	@$(BIN)/realm chat $(MODEL) $(ARGS)
 
+# Two runs: Playwright keeps an event loop running in its process, and the other tests start their own.
 test: $(VENV)/developer $(VENV)/model $(VENV)/vocabulary $(VENV)/gemma vulkan chromium site ## set up what is missing, then run all tests (PYTEST='-k name')
-	@$(BIN)/python -m pytest $(PYTEST)
+	@status=0; run() { $(BIN)/python -m pytest $(PYTEST) "$$@" || { code=$$?; [ $$code = 5 ] || status=$$code; }; }; \
+	run tests/browser; \
+	run --ignore tests/browser -n 2 --dist loadfile; \
+	exit $$status
 
 test-oracle: $(VENV)/oracle vulkan ## compare every architecture with PyTorch and transformers (gigabytes to install)
 	@$(BIN)/python -m pytest $(PYTEST) $$(grep --files-with-matches 'importorskip("torch"' tests/test_*.py)

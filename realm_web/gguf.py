@@ -170,18 +170,14 @@ class Metadata(dict[str, Value]):
         for i, element in enumerate(value):
             if type(element) not in allowed or (of is float and not math.isfinite(element)):
                 kind = "a finite number" if of is float else f"of type {of.__name__}"
-                raise FormatError(
-                    f"metadata {show(key)}: element {i} is {show(element)}; it must be {kind}"
-                )
+                raise FormatError(f"metadata {show(key)}: element {i} is {show(element)}; it must be {kind}")
         if length is not None and len(value) != length:
             raise FormatError(f"metadata {show(key)} has {len(value)} elements; it must have {length}")
         return value
 
     def _absent(self, key: str, default: object) -> bool:
         if key not in self and isinstance(default, _Required):
-            raise FormatError(
-                f"metadata {show(key)} is missing; is the file complete, and a language model?"
-            )
+            raise FormatError(f"metadata {show(key)} is missing; is the file complete, and a language model?")
         return key not in self
 
     def _typed(self, key: str, types: tuple[type, ...], kind: str):

@@ -101,7 +101,7 @@ def alloc_pages(
     ring: int,
     max_seqs: int,
 ) -> Pages:
-    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many for each slot. dtype: f16 or f32."""
+    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many per slot; f16 or f32."""
     shape = (ring * max_seqs or n_blocks, n_kv_heads, block_size, head_dim)
     k, v = (Tensor.alloc(device, shape, dtype, "KV cache") for _ in range(2))
     return Pages(k, v, ring)

@@ -69,7 +69,8 @@ class Rope:
 class Pages:
     """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) each, f16 or f32.
 
-    With a ring, each slot has `ring` blocks of its own and writes them round and round; the block tables do not count.
+    With a ring, each slot has `ring` blocks of its own and writes them round and round; the block tables do
+    not count.
     """
 
     k: Tensor
@@ -87,7 +88,7 @@ class State:
 
 
 def query_tile(device: Device, group: int, head_dim: int) -> int:
-    """How many query rows of `group` heads one attention workgroup keeps: what fits 16 queries and its memory."""
+    """Query rows of `group` heads that an attention workgroup keeps: what fits 16 queries and its memory."""
     per_query = 4 * (2 * head_dim + 64 + 8)
     return max(1, min(16, device.limits.max_shared // per_query) // group)
 
@@ -132,12 +133,14 @@ class Recorder:
             )
 
     def rmsnorm(
-        self, x: Tensor, weight: Tensor, out: Tensor, eps: float, *, gather: bool = False, residual: bool = False
+        self, x: Tensor, weight: Tensor, out: Tensor, eps: float, *,
+        gather: bool = False, residual: bool = False,
     ) -> None:  # fmt: skip
-        """out = norm(x) * weight, or += with residual. With gather, out's rows are those that draw a token."""
+        """out = norm(x) * weight, or += with residual. gather: out's rows are those that draw a token."""
         wg = 64 if self.device.info.is_cpu else 256
         kernel = self.device.kernel(
-            "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, wg=wg, subgroup=self.device.subgroup_size,
+            "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, wg=wg,
+            subgroup=self.device.subgroup_size,
             st=self.layout,
         )  # fmt: skip
         self._add(kernel, (self.step, x, weight, out), (self.n_seqs if gather else self.n_rows,))
@@ -166,7 +169,8 @@ class Recorder:
             n = shard.n_rows // 2 if act else shard.n_rows
             consts = {
                 "fmt": weight.fmt.name, "k": weight.k, "n": n, "act": act, "bias": bias is not None,
-                "residual": residual, "scale": scale, "softcap": softcap, "out_stride": out.shape[-1], "out_offset": out_offset + shard.first_row,
+                "residual": residual, "scale": scale, "softcap": softcap, "out_stride": out.shape[-1],
+                "out_offset": out_offset + shard.first_row,
                 "st": self.layout,
             }  # fmt: skip
             views = [self.step, x, *shard.parts, *([bias] if bias else []), out]
@@ -242,7 +246,8 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Norm n_q slices of q and n_k of k in place; the weights say how long a slice is."""
         kernel = self.device.kernel(
-            "qk_norm", n_q=n_q, len_q=q_weight.shape[0], n_k=n_k, len_k=k_weight.shape[0], stride=qkv.shape[-1],
+            "qk_norm", n_q=n_q, len_q=q_weight.shape[0], n_k=n_k, len_k=k_weight.shape[0],
+            stride=qkv.shape[-1],
             eps=eps, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
         )  # fmt: skip
         self._add(kernel, (self.step, qkv, q_weight, k_weight), (n_q + n_k, self.n_rows))
@@ -252,7 +257,8 @@ class Recorder:
         n_kv, block_size, head_dim = pages.k.shape[1:]
         kernel = self.device.kernel(
             "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rope.dim, neox=rope.neox,
-            magnitude=rope.magnitude, block_size=block_size, kv=pages.k.dtype, ring=pages.ring, st=self.layout,
+            magnitude=rope.magnitude, block_size=block_size, kv=pages.k.dtype, ring=pages.ring,
+            st=self.layout,
         )  # fmt: skip
         threads = (n_heads + 2 * n_kv) * head_dim // 2
         self._add(kernel, (self.step, qkv, rope.turns, q, pages.k, pages.v), (-(-threads // 64), self.n_rows))
@@ -269,14 +275,15 @@ class Recorder:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> None:
-        """Causal attention of every row over what its sequence has in the pages, or over its last `window`."""
+        """Causal attention of every row over what its sequence has in the pages, or its last `window`."""
         n_kv, block_size, head_dim = pages.k.shape[1:]
         parts, extra = out, () if sinks is None else (sinks,)
         if self.splits > 1:
             parts = self.scratch("attention parts", self.n_rows, n_heads, self.splits, head_dim + 2)
         kernel = self.device.kernel(
             "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale,
-            softcap=softcap, window=window, kv=pages.k.dtype, ring=pages.ring, sinks=bool(extra) and self.splits == 1, qt=self.qt,
+            softcap=softcap, window=window, kv=pages.k.dtype, ring=pages.ring,
+            sinks=bool(extra) and self.splits == 1, qt=self.qt,
             splits=self.splits, wg=64, subgroup=self.device.subgroup_size, st=self.layout,
         )  # fmt: skip
         tiles = max_tiles(self.n_rows, self.n_seqs, self.qt)

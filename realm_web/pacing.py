@@ -1,7 +1,7 @@
 """How many steps to keep in flight: found by trying, as no measurement of an idle device tells it.
 
-With too few the device waits for the host: in Chromium a result takes about 4 ms to come back from a busy GPU,
-though 0.2 ms from an idle one. With too many, only the steps behind an answer's end are wasted. Knows times,
+With too few the device waits for the host: in Chromium a result takes about 4 ms to come back from a busy
+GPU, 0.2 ms from an idle one. With too many, only the steps behind an answer's end are wasted. Knows times,
 nothing else.
 """
 

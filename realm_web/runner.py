@@ -97,7 +97,7 @@ class Runner:
         await self.device.compile()
 
     def run(self, batch: Batch, bucket: Bucket, requests: Sequence[Request]) -> Readback:
-        """Submit the batch of these requests, one for each of batch.seqs; the readback is a u32 id for each."""
+        """Submit the batch of these requests, one per sequence; the readback is a u32 id for each."""
         if bucket.adjust:
             self._write_adjustments(batch, requests)
         self._write_step(batch, requests)
@@ -158,7 +158,7 @@ class Runner:
         return program
 
     def _qt(self, n_rows: int) -> int:
-        """Query rows per attention tile: one while the matrix-vector kernel runs, else what a workgroup keeps."""
+        """Query rows per attention tile: one for the matrix-vector kernel, else what a workgroup keeps."""
         config = self.config
         if n_rows <= MATVEC_ROWS:
             return 1
@@ -185,7 +185,7 @@ class Runner:
         return memory
 
     def _pages(self, window: int, n_kv_heads: int) -> Pages:
-        """Of a layer that sees everything (window 0) in the shared pool; of another, only what its window holds."""
+        """Of a layer that sees everything (window 0) in the shared pool; of another, its window."""
         config, n_blocks = self.config, self.pool.n_blocks
         ring = -(-(window + self.max_rows) // BLOCK_SIZE) + 1
         if not window or ring * self.layout.max_seqs >= n_blocks:

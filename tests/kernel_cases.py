@@ -206,7 +206,8 @@ def norm_cases() -> Iterator[Case]:
             return [step, normal(rng, 8, dim) * 3, normal(rng, dim), normal(rng, 8, dim)]
 
         consts = {
-            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96, "wg": wg, "subgroup": subgroup, "st": ST,
+            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96, "wg": wg,
+            "subgroup": subgroup, "st": ST,
         }  # fmt: skip
         name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' subgroups' * bool(subgroup)}"
         needs = ("subgroups",) if subgroup else ()
@@ -283,7 +284,8 @@ def matmul_cases() -> Iterator[Case]:
                 n, k, offset = 70, 256, 6
                 tensors, out = _linear(fmt, n, k, m, act, residual, residual, n + offset)
                 consts = {
-                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual, "scale": 1.0, "softcap": 0.0,
+                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual,
+                    "scale": 1.0, "softcap": 0.0,
                     "out_stride": n + offset, "out_offset": offset, "bm": bm, "f16": f16, "st": ST,
                 }  # fmt: skip
                 name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
@@ -325,7 +327,8 @@ def rope_cases() -> Iterator[Case]:
             "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "kv": "f16", "st": ST,
         }  # fmt: skip
         grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
-        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}{' ring' * bool(ring)}"
+        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
+        name += " ring" * bool(ring)
         # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
         yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
         yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")

@@ -67,8 +67,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpu-dequant",
         action=argparse.BooleanOptionalAction,
-        help="on the CPU, keep weights as float32: quicker, four bytes a weight (default: if half the free memory "
-        "is enough)",
+        help="on the CPU, keep weights as float32: quicker, four bytes a weight "
+        "(default: if half the free memory is enough)",
     )
 
 

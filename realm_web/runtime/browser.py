@@ -114,7 +114,10 @@ HELPERS = """
     },
     passOn(promise, id) {
       // undefined is None in Python; null is a value of its own there (pyodide.ffi.jsnull)
-      promise.then((bytes) => onResult(id, bytes, undefined), (error) => onResult(id, undefined, error.message));
+      promise.then(
+        (bytes) => onResult(id, bytes, undefined),
+        (error) => onResult(id, undefined, error.message),
+      );
     },
     done: () => device.queue.onSubmittedWorkDone(),
   };

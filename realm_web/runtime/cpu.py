@@ -1,7 +1,7 @@
 """The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py` and `cpu_moe.py`.
 
-With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but four
-bytes a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
+With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but
+four bytes a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def twin(function: Twin) -> Twin:
 
 
 class Matrix:
-    """A packed weight (n, k): float32 ones are used as they are, others are decoded a tile of rows at a time."""
+    """A packed weight (n, k): float32 is used as it is, others are decoded a tile of rows at a time."""
 
     def __init__(self, fmt: str, n: int, k: int, parts: dict[str, np.ndarray]):
         self.fmt, self.n, self.k, self._parts = fmt, n, k, parts
@@ -113,7 +113,7 @@ def repack(c: dict, views: list[np.ndarray]) -> None:
 
 
 def _runs(params: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Chunks that stay together: where they begin in the source, where in the destination, and how many they are."""
+    """Chunks that stay together: where they begin in the source and in the destination, and how many."""
     n_chunks, first, start, run, every = (int(p) for p in params[:5])
     c = start
     while c < start + n_chunks:

@@ -302,7 +302,7 @@ class Engine:
     def _fill(self) -> None:
         """Submit until `depth` steps are in flight or nothing more can run."""
         try:
-            while not self._compiling and self._n_in_flight < self.pacing.depth:
+            while not (self._closed or self._compiling) and self._n_in_flight < self.pacing.depth:
                 batch = self.scheduler.schedule()
                 if batch is None:
                     return

@@ -81,10 +81,10 @@ class Runner:
 
     async def prepare(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Record and compile the programs that one conversation needs."""
-        for n_rows in (1, *self._prefill_buckets):
-            self._program(Bucket(n_rows, 1, 1, draw=False, adjust=False))
-        for splits in {splits for _, splits in SPLIT_AT if not self.device.info.is_cpu}:
-            self._program(Bucket(1, 1, splits, draw=False, adjust=False))
+        splits = {1} if self.device.info.is_cpu else {splits for _, splits in SPLIT_AT}
+        shapes = {(1, n) for n in splits} | {(n_rows, 1) for n_rows in self._prefill_buckets}
+        for n_rows, n_splits in sorted(shapes):
+            self._program(Bucket(n_rows, 1, n_splits, draw=False, adjust=False))
         self._program(Bucket(1, 1, 1, draw=True, adjust=False))
         await self.device.compile(on_progress)
 

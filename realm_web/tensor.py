@@ -7,7 +7,7 @@ from math import prod
 
 from realm_web.errors import DeviceError
 from realm_web.grids import rows as grid_rows
-from realm_web.quants import CHUNK, QuantFormat
+from realm_web.quants import QuantFormat
 from realm_web.runtime.device import Buffer, Device, View
 
 ITEM_BYTES = {"f32": 4, "u32": 4, "f16": 2}
@@ -107,8 +107,3 @@ def _alloc_shard(device: Device, fmt: QuantFormat, first: int, n_rows: int, k: i
 def _table(fmt: QuantFormat) -> bytes:
     """What is stored after the parts: the rows of the format's grid, if it has one."""
     return grid_rows(fmt.grid) if fmt.grid else b""
-
-
-def n_chunks(n: int, k: int) -> int:
-    """Chunks of 32 weights in n rows of k."""
-    return n * k // CHUNK

@@ -7,10 +7,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+from probe import greedy, last_logits
 
 from realm_web.engine import Engine
 from realm_web.runtime.adapters import open_device
-from realm_web.sampler import SamplingParams
 
 WHY = "torch and transformers are not installed: pip install -e '.[oracle]', or make test-oracle"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is to be fetched
@@ -54,20 +54,9 @@ def float32(monkeypatch):
     monkeypatch.setenv("REALM_DISABLE", "f16")
 
 
-async def generate(engine: Engine, prompt: list[int], n: int) -> list[int]:
-    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    return [token async for chunk in engine.generate(prompt, params) for token in chunk.token_ids]
-
-
-async def last_logits(engine: Engine) -> np.ndarray:
-    """Those from which the last token was taken."""
-    data = await engine.device.read(engine.runner._arena["logits"].buffer)
-    return np.frombuffer(data, np.float32)[: engine.config.n_vocab]
-
-
 async def check(engine: Engine, name: str, prompt: list[int], n: int) -> None:
     """n greedy tokens are the best ones, and the logits of the last are those of transformers."""
-    ids = await generate(engine, prompt, n)
+    ids = await greedy(engine, prompt, n)
     want = exact(name, (*prompt, *ids[:-1]))[len(prompt) - 1 :]
     assert len(ids) == n
     assert error(await last_logits(engine), want[-1]) < TOLERANCE
@@ -140,7 +129,7 @@ def test_sequences_side_by_side_have_rings_of_their_own(files, device):
 
     async def body(engine):
         assert engine.runner.memory[0].ring
-        return await asyncio.gather(*(generate(engine, prompt, N_DECODED) for prompt in prompts))
+        return await asyncio.gather(*(greedy(engine, prompt, N_DECODED) for prompt in prompts))
 
     answers = with_engine(files("gemma3"), device, body, max_rows=32, max_seqs=2)
     for prompt, ids in zip(prompts, answers, strict=True):
@@ -164,7 +153,7 @@ def test_the_kernels_that_hardware_runs_give_the_same(tmp_path):
         assert not device.info.is_cpu
         engine = await Engine.open(path, device=device, kv_type="f32", max_seqs=1, max_rows=64)
         assert [bool(pages.ring) for pages in engine.runner.memory] == [True, False, True, False]
-        ids = await generate(engine, prompt, N_DECODED)
+        ids = await greedy(engine, prompt, N_DECODED)
         logits = await last_logits(engine)
         await engine.close()
         return ids, logits
@@ -202,7 +191,7 @@ def test_each_key_of_the_metadata_matters(tmp_path, name, other):
     path = hf.export(model_of(name), hf.CASES[name], tmp_path / "other.gguf", other=other)
 
     async def body(engine):
-        await generate(engine, PROMPT, 1)
+        await greedy(engine, PROMPT, 1)
         return await last_logits(engine)
 
     got = with_engine(path, "cpu", body, max_rows=256)
@@ -215,7 +204,7 @@ def test_smollm3_is_not_llama(tmp_path):
     path = hf.export(model_of("smollm3"), case, tmp_path / "other.gguf")
 
     async def body(engine):
-        await generate(engine, PROMPT, 1)
+        await greedy(engine, PROMPT, 1)
         return await last_logits(engine)
 
     got = with_engine(path, "cpu", body, max_rows=256)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from probe import greedy, last_logits
 
 from realm_web import dequant
 from realm_web.engine import Engine
 from realm_web.gguf import GGUFFile, parse
 from realm_web.quants import FORMATS
-from realm_web.sampler import SamplingParams
 from realm_web.tokenizer import Tokenizer
 
 FILES = (
@@ -26,7 +26,6 @@ FILES = (
     *("TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0"),
 )
 OTHER_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "MXFP4_MOE": "MXFP4"}  # llama.cpp's name of a mixture
-FIRST = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 # Against float64 on the same weights, log-probabilities, keys and values in float32: sums of up to 512 terms
 # in another order, through two layers
@@ -96,10 +95,8 @@ async def log_probabilities(path: Path, device: str, prompts: list[tuple[int, ..
     engine = await Engine.open(path, device=device, context=64, max_seqs=1, max_rows=32, kv_type="f32")
     found = []
     for prompt in prompts:
-        async for _ in engine.generate(list(prompt), FIRST):
-            pass
-        data = await engine.device.read(engine.runner._arena["logits"].buffer)
-        found.append(log_softmax(np.frombuffer(data, np.float32)[: engine.config.n_vocab]))
+        await greedy(engine, list(prompt))
+        found.append(log_softmax(await last_logits(engine)))
     await engine.close()
     return found
 

@@ -7,12 +7,12 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from probe import greedy, last_logits
 
 from realm_web.engine import Engine
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import parse
 from realm_web.models import read_config
-from realm_web.sampler import SamplingParams
 from realm_web.scheduler import Request
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch transformers")
@@ -131,17 +131,6 @@ async def opened(path, device: str, **sizes):
         await engine.close()
 
 
-async def answer(engine: Engine, prompt: list[int], n: int = 1) -> list[int]:
-    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    return [token async for chunk in engine.generate(prompt, params) for token in chunk.token_ids]
-
-
-async def last_logits(engine: Engine) -> np.ndarray:
-    """Those from which the last token was drawn, by the only sequence of its step."""
-    data = await engine.device.read(engine.runner._arena["logits"].buffer)
-    return np.frombuffer(data, np.float32)[:VOCAB]
-
-
 def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
@@ -155,9 +144,9 @@ def test_logits_of_a_prompt_and_of_decode_steps_equal_those_of_transformers(lfm2
 
     async def main():
         async with opened(path, device) as engine:
-            await answer(engine, TOKENS)
+            await greedy(engine, TOKENS)
             prompt = await last_logits(engine)
-            return prompt, await answer(engine, TOKENS, 12), await last_logits(engine)
+            return prompt, await greedy(engine, TOKENS, 12), await last_logits(engine)
 
     prompt, ids, decoded = asyncio.run(main())
     want = reference(model, TOKENS + ids[:-1])
@@ -173,7 +162,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(lfm2, device, max_rows
 
     async def main():
         async with opened(path, device, max_rows=max_rows) as engine:
-            await answer(engine, TOKENS)
+            await greedy(engine, TOKENS)
             return await last_logits(engine)
 
     assert error(asyncio.run(main()), reference(model, TOKENS)[-1]) < 1e-4
@@ -186,7 +175,7 @@ def test_requests_in_one_batch_are_answered_as_each_alone(first, device):
 
     async def main():
         async with opened(path, device, max_seqs=3, max_rows=8) as engine:
-            return await asyncio.gather(*(answer(engine, p, 5 + i) for i, p in enumerate(prompts)))
+            return await asyncio.gather(*(greedy(engine, p, 5 + i) for i, p in enumerate(prompts)))
 
     for prompt, ids in zip(prompts, asyncio.run(main()), strict=True):
         assert ids == reference(model, prompt + ids[:-1])[len(prompt) - 1 :].argmax(-1).tolist()
@@ -199,8 +188,8 @@ def test_a_slot_that_is_used_again_remembers_nothing(first, device):
     async def main(before):
         async with opened(path, device) as engine:
             for prompt in before:
-                await answer(engine, prompt, 4)
-            await answer(engine, TOKENS)
+                await greedy(engine, prompt, 4)
+            await greedy(engine, TOKENS)
             return await last_logits(engine)
 
     assert (asyncio.run(main([])) == asyncio.run(main([TOKENS[::-1], [9]]))).all()
@@ -215,7 +204,7 @@ async def continued(engine: Engine, tokens: list[int], n_done: int) -> np.ndarra
         request.n_scheduled = n_done
 
     engine.scheduler.add = add_in_part
-    await answer(engine, tokens)
+    await greedy(engine, tokens)
     engine.scheduler.add = add
     return await last_logits(engine)
 
@@ -227,9 +216,9 @@ def test_a_state_that_is_saved_and_restored_gives_the_same_continuation(first, d
 
     async def main():
         async with opened(path, device, max_seqs=2) as engine:
-            await answer(engine, TOKENS[:11])
+            await greedy(engine, TOKENS[:11])
             state = await engine.runner.read_state(0)
-            await answer(
+            await greedy(
                 engine, TOKENS
             )  # moves the state on, and leaves the pages of TOKENS in the same block
             moved = await engine.runner.read_state(0)
@@ -330,7 +319,7 @@ def test_the_final_norm_may_have_the_usual_name(first, tmp_path):
 
     async def main():
         async with opened(tmp_path / "usual.gguf", "cpu") as engine:
-            await answer(engine, TOKENS)
+            await greedy(engine, TOKENS)
             return await last_logits(engine)
 
     assert error(asyncio.run(main()), reference(model, TOKENS)[-1]) < 1e-4

@@ -6,15 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
+from probe import greedy, last_logits
 from tiny import write_tiny
 
 from realm_web.engine import Engine
 from realm_web.errors import DeviceError
 from realm_web.runtime.adapters import open_device
-from realm_web.sampler import SamplingParams
 
 TOKENS = [256, 5, 17, 200, 3, 99, 256, 31, 8, 64, 77, 12, 250, 1, 0, 45, 45, 45, 100, 7]
-GREEDY = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 VARIANTS = {
     "plain": {},
@@ -49,10 +48,8 @@ for name in ("Q4_K", "Q5_K", "Q6_K"):
 
 async def logits_of(engine: Engine, tokens: list[int]) -> np.ndarray:
     """The logits after the last token."""
-    async for _ in engine.generate(tokens, GREEDY):
-        pass
-    buffer = engine.runner._arena["logits"].buffer
-    return np.frombuffer(await engine.device.read(buffer), np.float32)[: engine.config.n_vocab]
+    await greedy(engine, tokens)
+    return await last_logits(engine)
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:

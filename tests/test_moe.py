@@ -8,11 +8,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+from probe import greedy, last_logits
 
 from realm_web.engine import Engine
 from realm_web.errors import FormatError, RealmError, UnsupportedError
 from realm_web.runtime.adapters import open_device
-from realm_web.sampler import SamplingParams
 
 WHY = "torch and transformers are not installed: pip install -e '.[oracle]', or make test-oracle"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is to be fetched
@@ -47,16 +47,6 @@ def float32(monkeypatch):
     monkeypatch.setenv("REALM_DISABLE", "f16")
 
 
-async def generate(engine: Engine, prompt: list[int], n: int) -> list[int]:
-    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    return [token async for chunk in engine.generate(prompt, params) for token in chunk.token_ids]
-
-
-async def last_logits(engine: Engine) -> np.ndarray:
-    data = await engine.device.read(engine.runner._arena["logits"].buffer)
-    return np.frombuffer(data, np.float32)[: engine.config.n_vocab]
-
-
 def answers(path, device, asks: list[tuple[list[int], int]], **sizes) -> list[tuple[list[int], np.ndarray]]:
     """Per prompt n greedy tokens, and the logits from which the last of them was taken."""
 
@@ -65,7 +55,7 @@ def answers(path, device, asks: list[tuple[list[int], int]], **sizes) -> list[tu
             path, device=device, kv_type="f32", **{"max_seqs": 1, "max_rows": 32, **sizes}
         )
         try:
-            return [(await generate(engine, *ask), await last_logits(engine)) for ask in asks]
+            return [(await greedy(engine, *ask), await last_logits(engine)) for ask in asks]
         finally:
             await engine.close()
 
@@ -109,7 +99,7 @@ def test_requests_in_company_give_the_tokens_that_they_give_alone(files, name, d
     async def main():
         engine = await Engine.open(files(name), device=device, kv_type="f32", max_seqs=3, max_rows=32)
         try:
-            return await asyncio.gather(*(generate(engine, p, N_DECODED) for p in prompts))
+            return await asyncio.gather(*(greedy(engine, p, N_DECODED) for p in prompts))
         finally:
             await engine.close()
 
@@ -134,7 +124,7 @@ def test_experts_cut_into_shards_give_the_same_logits(files, name, max_binding, 
         )
         ffn = engine.runner.model.layers[0].ffn
         n_shards = [len(matrices.weight.shards) for matrices in ffn.matrices]
-        await generate(engine, PROMPT[:20], 3)
+        await greedy(engine, PROMPT[:20], 3)
         logits = await last_logits(engine)
         await engine.close()
         return n_shards, logits

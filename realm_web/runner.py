@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from realm_web import ops
 from realm_web.errors import DeviceError
 from realm_web.kvcache import BlockPool, alloc_pages
 from realm_web.models.config import ModelConfig
@@ -150,9 +151,9 @@ class Runner:
         counts = None
         if bucket.adjust:
             bias, counts = self._adjustment_tables()
-            recorder.adjust_logits(logits, bias, counts)
+            ops.adjust_logits(recorder, logits, bias, counts)
         out = device.view(self._out)
-        recorder.sample(logits, out, draw=bucket.draw, counts=counts)
+        ops.sample(recorder, logits, out, draw=bucket.draw, counts=counts)
         program.readback = device.view(self._out, 0, 4 * bucket.n_seqs)
         self._programs[bucket] = program
         return program

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from realm_web import ops
 from realm_web.models.config import ExpertsConfig
 from realm_web.ops import Recorder
 from realm_web.tensor import Tensor, Weight
@@ -40,17 +41,17 @@ class Experts:
         routes = r.scratch("routes", r.n_rows, c.n_used, 2)
         hidden = r.scratch("hidden of experts", r.n_rows * c.n_used, c.ffn_dim)
         self.router.record(r, x, logits, exact=True)
-        r.route(logits, routes, renormalise=c.renormalise)
+        ops.route(r, logits, routes, renormalise=c.renormalise)
         if len(self.gate_up) == 1:
             (both,) = self.gate_up
-            r.experts(x, both.weight, routes, hidden, bias=both.bias, act=act)
+            ops.experts(r, x, both.weight, routes, hidden, bias=both.bias, act=act)
         else:
             apart = r.scratch("gate and up of experts", r.n_rows * c.n_used, 2 * c.ffn_dim)
             for i, part in enumerate(self.gate_up):
-                r.experts(x, part.weight, routes, apart, bias=part.bias, out_offset=i * c.ffn_dim)
-            r.gated(apart, hidden, act)
-        r.experts(
-            hidden, down.weight, routes, out, bias=down.bias, weighted=True, residual=residual,
+                ops.experts(r, x, part.weight, routes, apart, bias=part.bias, out_offset=i * c.ffn_dim)
+            ops.gated(r, apart, hidden, act)
+        ops.experts(
+            r, hidden, down.weight, routes, out, bias=down.bias, weighted=True, residual=residual,
             scale=scale * c.scale,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from realm_web import ops
 from realm_web.ops import Recorder, State
 from realm_web.runtime.device import Device
 from realm_web.tensor import PART_ALIGNMENT, Tensor
@@ -30,7 +31,7 @@ class ShortConv:
         bcx = r.scratch("bcx", r.n_rows, 3 * dim)
         out = r.scratch("convolved", r.n_rows, dim)
         self.in_proj.record(r, x, bcx)
-        r.short_conv(bcx, self.conv, state, out)
+        ops.short_conv(r, bcx, self.conv, state, out)
         return out
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from realm_web import ops
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, TensorInfo, show
 from realm_web.models.config import LayerKind, ModelConfig
@@ -38,7 +39,7 @@ class Linear:
 
     def record(self, r: Recorder, x: Tensor, out: Tensor, **options) -> None:
         for weight, offset in self.weights:
-            r.linear(x, weight, out, bias=self.bias, out_offset=offset, **options)
+            ops.linear(r, x, weight, out, bias=self.bias, out_offset=offset, **options)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class FeedForward:
         else:
             both = r.scratch("gate and up", r.n_rows, self.gate_up.n)
             self.gate_up.record(r, x, both)
-            r.gated(both, hidden, act)
+            ops.gated(r, both, hidden, act)
         self.down.record(r, hidden, out, **options)
 
 
@@ -119,7 +120,7 @@ class Transformer:
         """
         c = self.config
         x = r.scratch("x", r.n_rows, c.dim)
-        r.embed(self.token_embd, x, c.embedding_scale)
+        ops.embed(r, self.token_embd, x, c.embedding_scale)
         for layer, kind, kept in zip(self.layers, c.layers, memory, strict=True):
             normed = self._normed(r, layer.attn_norm, x)
             if isinstance(layer.mixer, ShortConv):
@@ -131,8 +132,8 @@ class Transformer:
             self._add(r, partial(layer.ffn.record, r, normed, act=c.arch.act), layer.ffn_post_norm, x)
         last = r.scratch("last", r.n_seqs, c.dim)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
-        r.rmsnorm(x, self.output_norm, last, c.norm_eps, gather=True)
-        r.linear(last, self.output, logits, per_seq=True, scale=c.logit_scale, softcap=c.logit_softcap)
+        ops.rmsnorm(r, x, self.output_norm, last, c.norm_eps, gather=True)
+        ops.linear(r, last, self.output, logits, per_seq=True, scale=c.logit_scale, softcap=c.logit_softcap)
         return logits
 
     def _record_attention(
@@ -145,10 +146,10 @@ class Transformer:
         attention.qkv.record(r, x, qkv)
         if attention.qk_norm:
             slices = (n_heads, kind.n_kv_heads) if c.arch.qk_norm == "head" else (1, 1)
-            r.qk_norm(qkv, *attention.qk_norm, *slices, c.norm_eps)
-        r.rope_store(qkv, rope, q, pages, n_heads=n_heads)
-        r.attention(
-            q, pages, attended, n_heads=n_heads, scale=c.attention_scale, window=kind.window,
+            ops.qk_norm(r, qkv, *attention.qk_norm, *slices, c.norm_eps)
+        ops.rope_store(r, qkv, rope, q, pages, n_heads=n_heads)
+        ops.attention(
+            r, q, pages, attended, n_heads=n_heads, scale=c.attention_scale, window=kind.window,
             softcap=c.attention_softcap, sinks=attention.sinks,
         )  # fmt: skip
         return attended
@@ -157,7 +158,7 @@ class Transformer:
         if weight is None:
             return x
         normed = r.scratch("normed", *x.shape)
-        r.rmsnorm(x, weight, normed, self.config.norm_eps)
+        ops.rmsnorm(r, x, weight, normed, self.config.norm_eps)
         return normed
 
     def _add(
@@ -170,7 +171,7 @@ class Transformer:
             return
         added = r.scratch("added", *x.shape)
         record(added, residual=False, scale=c.residual_scale)
-        r.rmsnorm(added, post_norm, x, c.norm_eps, residual=True)
+        ops.rmsnorm(r, added, post_norm, x, c.norm_eps, residual=True)
 
     def _layer(self, i: int) -> Layer:
         c, at = self.config, f"blk.{i}."

@@ -1,0 +1,17 @@
+"""The operations of a forward pass, recorded into a program: which kernel, which variant, which grid.
+
+Knows the limits of the device and no architecture. A variant is a set of template constants of one kernel;
+all of them compute the same function.
+"""
+
+from realm_web.ops.attend import Pages, Rope, attention, query_tile, rope_store
+from realm_web.ops.matrices import MATVEC_ROWS, linear
+from realm_web.ops.moe import experts, route
+from realm_web.ops.recorder import Recorder
+from realm_web.ops.rows import State, embed, gated, qk_norm, rmsnorm, short_conv
+from realm_web.ops.sampling import adjust_logits, sample
+
+__all__ = [
+    "MATVEC_ROWS", "Pages", "Recorder", "Rope", "State", "adjust_logits", "attention", "embed", "experts",
+    "gated", "linear", "qk_norm", "query_tile", "rmsnorm", "rope_store", "route", "sample", "short_conv",
+]  # fmt: skip

@@ -1,0 +1,87 @@
+"""Matrix products: a few rows at a time by `matvec`, many by `matmul`, and how each is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from realm_web.ops.recorder import Recorder
+from realm_web.runtime.device import Device
+from realm_web.tensor import Tensor, Weight
+
+MATVEC_ROWS = 8  # up to so many rows the matrix-vector kernel reads the weights once for all of them
+
+
+@dataclass(frozen=True)
+class Matvec:
+    """Tuning constants of `matvec`: every choice gives the same numbers up to rounding."""
+
+    lanes: int  # threads that share one weight row
+    rows: int  # weight rows of each such group
+    wg: int
+    m_tile: int
+    subgroup: int
+
+    def grid(self, device: Device, n: int, m: int) -> tuple[tuple[int, int, int], int]:
+        """The grid, and how wide its first dimension is folded."""
+        blocks = -(-n // (self.wg // self.lanes * self.rows))
+        x = min(blocks, device.limits.max_workgroups)
+        return (x, -(-m // self.m_tile), -(-blocks // x)), x
+
+
+def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
+    """Defaults measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
+    m_tile = min(MATVEC_ROWS, 1 << (m - 1).bit_length())
+    if device.info.is_cpu:  # no barriers, no reductions: a thread per row
+        return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+    size = device.subgroup_size
+    if not size:
+        return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
+    if n * k < 1 << 22 or m_tile > 2:  # too few rows to fill the GPU, or too many sums for the registers
+        return Matvec(lanes=size, rows=1, wg=max(64, size), m_tile=m_tile, subgroup=size)
+    if n >= 1 << 15:
+        return Matvec(lanes=size, rows=4, wg=64, m_tile=m_tile, subgroup=size)
+    return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
+
+
+def linear(
+    r: Recorder,
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: bool = False,
+    act: str = "",
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    out_offset: int = 0,
+    per_seq: bool = False,
+    exact: bool = False,
+) -> None:
+    """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows.
+
+    `exact`: all in float32, where choices hang on the result.
+    """
+    m = r.n_seqs if per_seq else r.n_rows
+    for shard in weight.shards:
+        n = shard.n_rows // 2 if act else shard.n_rows
+        consts = {
+            "fmt": weight.fmt.name, "k": weight.k, "n": n, "act": act, "bias": bias is not None,
+            "residual": residual, "scale": scale, "softcap": softcap, "out_stride": out.shape[-1],
+            "out_offset": out_offset + shard.first_row,
+            "st": r.layout,
+        }  # fmt: skip
+        views = [r.step, x, *shard.parts, *([bias] if bias else []), out]
+        if m > MATVEC_ROWS and not r.device.info.is_cpu and not per_seq:
+            bm = 32 if m <= 32 else 64
+            f16 = "f16" in r.device.features and not exact
+            kernel = r.device.kernel("matmul", **consts, bm=bm, f16=f16)
+            grid = (-(-n // (32 if act else 64)), -(-m // bm))
+        else:
+            tuning = choose_matvec(r.device, n, weight.k, m)
+            grid, fold = tuning.grid(r.device, n, m)
+            kernel = r.device.kernel(
+                "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
+                m_tile=tuning.m_tile, subgroup=tuning.subgroup, grid_x=fold,
+            )  # fmt: skip
+        r.add(kernel, views, grid, f"{kernel.name} {weight.label}")

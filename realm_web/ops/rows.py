@@ -1,0 +1,74 @@
+"""What happens to each row by itself: embedding, norms, gates, and the short convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from realm_web.ops.recorder import Recorder
+from realm_web.runtime.device import View
+from realm_web.tensor import Tensor, Weight
+
+
+@dataclass(frozen=True)
+class State:
+    """What a short convolution keeps of each slot's sequence: its last `length` values, (length, dim) f32."""
+
+    values: View
+    length: int
+    stride: int  # elements from one slot to the next
+
+
+def embed(r: Recorder, weight: Weight, out: Tensor, scale: float = 1.0) -> None:
+    for shard in weight.shards:
+        kernel = r.device.kernel(
+            "embed", fmt=weight.fmt.name, dim=weight.k, first_row=shard.first_row,
+            n_shard_rows=shard.n_rows, scale=scale, st=r.layout,
+        )  # fmt: skip
+        threads = r.n_rows * weight.k // 32
+        r.add(
+            kernel,
+            (r.step, r.slots, *shard.parts, out),
+            (-(-threads // 64),),
+            f"embed {weight.label}",
+        )
+
+
+def rmsnorm(
+    r: Recorder, x: Tensor, weight: Tensor, out: Tensor, eps: float, *,
+    gather: bool = False, residual: bool = False,
+) -> None:  # fmt: skip
+    """out = norm(x) * weight, or += with residual. gather: out's rows are those that draw a token."""
+    wg = 64 if r.device.info.is_cpu else 256
+    kernel = r.device.kernel(
+        "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, wg=wg,
+        subgroup=r.device.subgroup_size,
+        st=r.layout,
+    )  # fmt: skip
+    r.add(kernel, (r.step, x, weight, out), (r.n_seqs if gather else r.n_rows,))
+
+
+def gated(r: Recorder, x: Tensor, out: Tensor, act: str) -> None:
+    """out = act(gate) * up, where x holds gate and up side by side."""
+    n, dim = out.shape
+    kernel = r.device.kernel("gated", act=act, dim=dim, times=n // r.n_rows, st=r.layout)
+    r.add(kernel, (r.step, x, out), (-(-n * dim // 256),))
+
+
+def qk_norm(
+    r: Recorder, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, n_q: int, n_k: int, eps: float
+) -> None:  # fmt: skip
+    """Norm n_q slices of q and n_k of k in place; the weights say how long a slice is."""
+    kernel = r.device.kernel(
+        "qk_norm", n_q=n_q, len_q=q_weight.shape[0], n_k=n_k, len_k=k_weight.shape[0],
+        stride=qkv.shape[-1],
+        eps=eps, wg=64, subgroup=r.device.subgroup_size, st=r.layout,
+    )  # fmt: skip
+    r.add(kernel, (r.step, qkv, q_weight, k_weight), (n_q + n_k, r.n_rows))
+
+
+def short_conv(r: Recorder, bcx: Tensor, weight: Tensor, state: State, out: Tensor) -> None:
+    """out = c * conv(b * x) by channel, over the state and this step's rows; moves the state on."""
+    dim, l_cache = weight.shape
+    consts = {"dim": dim, "l_cache": l_cache, "stride": state.stride, "st": r.layout}
+    kernel = r.device.kernel("short_conv", **consts)
+    r.add(kernel, (r.step, bcx, weight, state.values, out), (-(-dim // 256), r.n_rows))

@@ -124,18 +124,19 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def cases() -> Iterator[Case]:
-    import moe_cases  # which needs this module
+    import attention_cases  # which need this module
+    import moe_cases
+    import sampling_cases
 
     yield from repack_cases()
     yield from embed_cases()
     yield from norm_cases()
     yield from matvec_cases()
     yield from matmul_cases()
-    yield from rope_cases()
-    yield from attention_cases()
+    yield from attention_cases.cases()
     yield from short_conv_cases()
     yield from moe_cases.cases()
-    yield from sampling_cases()
+    yield from sampling_cases.cases()
     tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
     yield Case(
         "stream_read", "stream_read", {"n": 4096, "stride": 512}, tensors, (1,), (2,), EXACT, dtype="u32"
@@ -303,117 +304,6 @@ def matmul_cases() -> Iterator[Case]:
             yield Case(f"gated {act} times {times}", "gated", consts, tensors, (2,), (2,), 1e-6)
 
 
-def rope_cases() -> Iterator[Case]:
-    for n_heads, n_kv, hd, rot, neox, ring in (
-        (4, 2, 64, 64, False, 0),
-        (3, 1, 32, 32, True, 0),
-        (2, 2, 80, 32, True, 5),
-        (2, 1, 64, 48, False, 0),
-        (2, 1, 64, 0, False, 0),
-    ):
-
-        def tensors(rng, n_heads=n_heads, n_kv=n_kv, hd=hd, rot=rot):
-            step = step_words([(0, 3), (200, 1), (31, 2)], rng=rng)
-            inverse = 10000.0 ** (-np.arange(rot // 2) * 2 / max(rot, 1))
-            turns = (
-                np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32) if rot else np.zeros(1, np.uint32)
-            )
-            pages = [np.zeros((64, n_kv, 16, hd), np.float16) for _ in range(2)]
-            qkv = normal(rng, 8, (n_heads + 2 * n_kv) * hd)
-            return [step, qkv, turns, np.zeros((8, n_heads * hd), np.float32), *pages]
-
-        consts = {
-            "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "rot_dim": rot, "neox": neox,
-            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "kv": "f16", "st": ST,
-        }  # fmt: skip
-        grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
-        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
-        name += " ring" * bool(ring)
-        # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
-        yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
-        yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")
-
-        def wide(rng, tensors=tensors):
-            given = tensors(rng)
-            return [*given[:4], *(page.astype(np.float32) for page in given[4:])]
-
-        yield Case(name + " f32", "rope_store", consts | {"kv": "f32"}, wide, (4, 5), grid, 2e-5)
-
-
-def attention_cases() -> Iterator[Case]:
-    shapes = (
-        (4, 2, 64, 1, 1, [(0, 1), (130, 1), (77, 1)], {}),
-        (9, 3, 64, 1, 4, [(200, 1), (0, 1)], {}),
-        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {}),
-        (2, 1, 128, 2, 1, [(70, 3)], {}),
-        (2, 2, 32, 8, 1, [(0, 20), (5, 1)], {}),
-        (2, 1, 256, 1, 2, [(90, 1)], {}),
-        (2, 2, 80, 2, 1, [(40, 5)], {}),
-        (4, 2, 64, 1, 1, [(0, 1), (130, 1)], {"window": 40, "softcap": 5.0}),
-        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {"window": 20, "sinks": True}),
-        (4, 2, 64, 1, 3, [(250, 1), (3, 1)], {"window": 100, "ring": 8, "sinks": True}),
-        (4, 2, 64, 2, 1, [(150, 9), (3, 2)], {"window": 33, "ring": 4}),
-        (4, 2, 64, 2, 1, [(50, 9), (3, 2)], {"kv": "f32"}),
-    )
-    for n_heads, n_kv, hd, qt, splits, seqs, more in shapes:
-        for subgroup in (0, -1):
-            n_rows = sum(n for _, n in seqs)
-
-            def tensors(
-                rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows,
-                sinks="sinks" in more and splits == 1, kv=np.float32 if "kv" in more else np.float16,
-            ):  # fmt: skip
-                pages = [normal(rng, 64, n_kv, 16, hd).astype(kv) for _ in range(2)]
-                out = (n_rows, n_heads, splits, hd + 2) if splits > 1 else (n_rows, n_heads * hd)
-                step = step_words(seqs, rng=rng, qt=qt)
-                extra = [normal(rng, n_heads)] * sinks
-                return [
-                    step,
-                    normal(rng, n_rows, n_heads * hd) * 2,
-                    *pages,
-                    *extra,
-                    np.zeros(out, np.float32),
-                ]
-
-            consts = {
-                "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
-                "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
-                "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", **more,
-                "sinks": "sinks" in more and splits == 1,
-            }  # fmt: skip
-            tiles = sum(-(-n // qt) for _, n in seqs)
-            name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"
-            name += "".join(f" {key}" for key in more) + " subgroups" * bool(subgroup)
-            needs = ("subgroups",) if subgroup else ()
-            yield Case(
-                name,
-                "attention",
-                consts,
-                tensors,
-                (4 + consts["sinks"],),
-                (tiles, n_kv, splits),
-                FMA,
-                needs,
-                subgroup,
-            )
-
-    def parts(rng):
-        data = normal(rng, 3, 4, 5, 66)
-        data[..., 65] = np.abs(data[..., 65]) + 0.5
-        data[:, :, 4] = 0  # a split with nothing in it
-        data[:, :, 4, 64] = -1e30
-        return [step_words([(0, 3)], rng=rng), data, np.zeros((3, 256), np.float32)]
-
-    def parts_and_sinks(rng):
-        step, data, out = parts(rng)
-        return [step, data, normal(rng, 4), out]
-
-    consts = {"n_heads": 4, "head_dim": 64, "splits": 5, "sinks": False, "st": ST}
-    yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
-    consts = consts | {"sinks": True}
-    yield Case("attention_merge sinks", "attention_merge", consts, parts_and_sinks, (3,), (4, 3), 1e-5)
-
-
 def short_conv_cases() -> Iterator[Case]:
     for dim, l_cache, stride, seqs in (
         (96, 3, 1000, [(0, 1), (1, 1), (40, 1), (2, 1)]),
@@ -433,66 +323,6 @@ def short_conv_cases() -> Iterator[Case]:
         grid = (-(-dim // 256), sum(n for _, n in seqs))
         name = f"short_conv {dim} x {l_cache}, rows {' '.join(str(n) for _, n in seqs)}"
         yield Case(name, "short_conv", consts, tensors, (3, 4), grid, SUM)
-
-
-def sampling_cases() -> Iterator[Case]:
-    seqs = [(0, 3), (9, 1), (4, 2)]
-
-    def adjust(rng):
-        bias = np.where(rng.random((4, 300)) < 0.1, normal(rng, 4, 300) * 5, 0).astype(np.float32)
-        counts = np.where(rng.random((4, 300)) < 0.3, rng.integers(0, 4, (4, 300)), 0).astype(np.uint32)
-        counts |= (rng.random((4, 300)) < 0.2).astype(np.uint32) << 31
-        return [step_words(seqs, rng=rng), bias, counts, normal(rng, 3, 300) * 4]
-
-    yield Case("adjust_logits", "adjust_logits", {"n_vocab": 300, "st": ST}, adjust, (3,), (5, 3), 1e-6)
-
-    def logits_with_ties(rng):
-        return (np.round(normal(rng, 3, 1000) * 8) / 2).astype(np.float32)
-
-    for wg in (64, 256):
-
-        def tensors(rng):
-            return [step_words(seqs, rng=rng), logits_with_ties(rng), np.zeros((3, 8, 2), np.uint32)]
-
-        consts = {"n_vocab": 1000, "parts": 8, "wg": wg, "st": ST}
-        yield Case(
-            f"sample_partial wg {wg}", "sample_partial", consts, tensors, (2,), (8, 3), EXACT, dtype="u32"
-        )
-        for name, params in {
-            "temperature": {"temperature": 0.7},
-            "top-k": {"temperature": 1.0, "top_k": 7},
-            "top-p": {"temperature": 1.5, "top_p": 0.6},
-            "min-p": {"temperature": 1.0, "min_p": 0.1},
-            "all": {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
-            "one": {"temperature": 0.5, "top_k": 1},
-        }.items():
-
-            def draw(rng, params=params):
-                logits = logits_with_ties(rng) + normal(rng, 3, 1000) * np.float32(0.01)
-                best = np.zeros((3, 8, 2), np.uint32)
-                best[:, 0, 0] = logits.max(axis=1).view(np.uint32)
-                best[:, 1:, 0] = np.float32(-3.4e38).view(np.uint32)
-                return [step_words(seqs, rng=rng, **params), logits, best, np.zeros(3, np.uint32)]
-
-            # the drawn tokens of fixed seeds: equal unless a draw lands within rounding (2^-30) of a boundary
-            yield Case(
-                f"sample_draw {name} wg {wg}", "sample_draw", consts, draw, (3,), (3,), EXACT, dtype="u32"
-            )
-    for temperature, counting in ((0.0, False), (1.0, False), (0.0, True)):
-
-        def final(rng, temperature=temperature, counting=counting):
-            best = np.zeros((3, 8, 2), np.uint32)
-            best[..., 0] = normal(rng, 3, 8).view(np.uint32)
-            best[..., 1] = rng.integers(0, 50, (3, 8))
-            step = step_words(seqs, rng=rng, temperature=temperature, advance=True)
-            step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
-            drawn = rng.integers(0, 50, 3).astype(np.uint32)
-            counts = [rng.integers(0, 3, (4, 50)).astype(np.uint32)] * counting
-            return [step, best, drawn, np.zeros(4, np.uint32), np.zeros(3, np.uint32), *counts]
-
-        consts = {"n_vocab": 50, "parts": 8, "counting": counting, "st": ST}
-        name = f"sample_final {'greedy' if temperature == 0 else 'drawn'}{' counting' * counting}"
-        yield Case(name, "sample_final", consts, final, (0, 3, 4, *[5] * counting), (1,), EXACT, dtype="u32")
 
 
 def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_kernels.py` and `cpu_moe.py`.
+"""The CPU backend: buffers are numpy arrays, kernels are the twins of `cpu_*.py`.
 
 With the feature "dense" weights are dequantised at load, so that every product is one BLAS call: quick, but
 four bytes a weight. Without it they stay packed and are decoded a tile at a time. `Engine.open` decides.
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from realm_web.errors import DeviceError
-from realm_web.runtime import cpu_kernels, cpu_moe
+from realm_web.runtime import cpu_attention, cpu_kernels, cpu_moe, cpu_sampling
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 
 UNLIMITED = 1 << 62
-TWINS = cpu_kernels.TWINS | cpu_moe.TWINS
+TWINS = cpu_kernels.TWINS | cpu_attention.TWINS | cpu_moe.TWINS | cpu_sampling.TWINS
 
 
 @cache

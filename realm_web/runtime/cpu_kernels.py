@@ -18,7 +18,6 @@ Twin = Callable[[dict[str, Any], list[np.ndarray]], None]
 TWINS: dict[str, Twin] = {}
 NONE = 0xFFFFFFFF
 TILE_WEIGHTS = 1 << 18  # decoded at a time: 1 MiB of float32, which stays in the cache
-LOWEST = np.float32(-3.4e38)
 
 
 def twin(function: Twin) -> Twin:
@@ -143,7 +142,7 @@ def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim = Views(views), c["st"], c["dim"]
     step, x, weight, out = v.u32(), v.f32(-1, dim), v.f32(dim), v.f32(-1, dim)
     if c["gather"]:
-        rows = _records(step, st, st.LOGITS_ROW).astype(np.int64)
+        rows = records_of(step, st, st.LOGITS_ROW).astype(np.int64)
         to = np.flatnonzero(rows != NONE)
         rows = rows[to]
     else:
@@ -181,7 +180,7 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
         y = y + v.f32()[columns]
     y = y * np.float32(c["scale"])
     if c["softcap"]:
-        y = _softcap(y, c["softcap"])
+        y = softcapped(y, c["softcap"])
     out = v.f32(-1, c["out_stride"])[:m, columns]
     out[...] = out + y if c["residual"] else y
 
@@ -200,113 +199,13 @@ def gated(c: dict, views: list[np.ndarray]) -> None:
 
 
 @twin
-def rope_store(c: dict, views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    n_heads, n_kv, hd, rot = c["n_heads"], c["n_kv"], c["head_dim"], c["rot_dim"]
-    step, qkv = v.u32(), v.f32(-1, n_heads + 2 * n_kv, hd)
-    turns, q = v.u32()[: rot // 2], v.f32(-1, n_heads, hd)
-    k, values = (v.kv(c["kv"], -1, n_kv, c["block_size"], hd) for _ in range(2))
-    n = int(step[st.N_ROWS])
-    positions = step[st.positions : st.positions + n]
-    phase = (positions[:, None] * turns[None, :]).view(np.int32)  # wraps at whole turns
-    angle = phase.astype(np.float32) * np.float32(1.4629180792671596e-9)  # (n, rot / 2)
-    cos, sin = (f(angle)[:, None, :] * np.float32(c["magnitude"]) for f in (np.cos, np.sin))
-    heads = qkv[:n, : n_heads + n_kv].copy()
-    if rot == 0:
-        pass
-    elif c["neox"]:
-        a, b = heads[..., : rot // 2].copy(), heads[..., rot // 2 : rot].copy()
-        heads[..., : rot // 2], heads[..., rot // 2 : rot] = a * cos - b * sin, b * cos + a * sin
-    else:
-        a, b = heads[..., 0:rot:2].copy(), heads[..., 1:rot:2].copy()
-        heads[..., 0:rot:2], heads[..., 1:rot:2] = a * cos - b * sin, b * cos + a * sin
-    q[:n] = heads[:, :n_heads]
-    seqs = step[st.row_seqs : st.row_seqs + n]
-    blocks = _blocks_of(c, step, seqs, positions // c["block_size"])
-    places = positions % c["block_size"]
-    k[blocks, :, places] = heads[:, n_heads:]
-    values[blocks, :, places] = qkv[:n, n_heads + n_kv :]
-
-
-@twin
-def attention(c: dict, views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    n_heads, n_kv, hd, size = c["n_heads"], c["n_kv"], c["head_dim"], c["block_size"]
-    splits, group = c["splits"], n_heads // n_kv
-    step, q = v.u32(), v.f32(-1, n_heads, hd)
-    k, values = (v.kv(c["kv"], -1, n_kv, size, hd) for _ in range(2))
-    sinks = v.f32(n_heads).reshape(n_kv, group) if c["sinks"] else None
-    out = v.f32(-1, n_heads, hd) if splits == 1 else v.f32(-1, n_heads, splits, hd + 2)
-    n = int(step[st.N_ROWS])
-    row_seqs = step[st.row_seqs : st.row_seqs + n]
-    positions = step[st.positions : st.positions + n].astype(np.int64)
-    for seq in np.unique(row_seqs):
-        rows = np.flatnonzero(row_seqs == seq)
-        length = int(positions[rows].max()) + 1
-        table = _blocks_of(c, step, seq, np.arange(-(-length // size)))
-        # (n_kv, length, head_dim)
-        keys, vals = (
-            pages[table].transpose(1, 0, 2, 3).reshape(n_kv, -1, hd)[:, :length].astype(np.float32)
-            for pages in (k, values)
-        )
-        queries = q[rows].reshape(len(rows), n_kv, group, hd).transpose(1, 0, 2, 3)  # (n_kv, rows, group, hd)
-        scores = np.einsum("krgd,kpd->krgp", queries, keys, optimize=True) * np.float32(c["scale"])
-        if c["softcap"]:
-            scores = _softcap(scores, c["softcap"])
-        visible = np.arange(length)[None, :] <= positions[rows][:, None]
-        if c["window"]:
-            visible &= np.arange(length)[None, :] > positions[rows][:, None] - c["window"]
-        scores = np.where(visible[None, :, None, :], scores, -np.inf)
-        if splits == 1:
-            top = scores.max(axis=-1, keepdims=True)
-            if sinks is not None:
-                top = np.maximum(top, sinks[:, None, :, None])
-            probs = np.exp(scores - top)
-            total = probs.sum(axis=-1, keepdims=True)
-            probs /= total if sinks is None else total + np.exp(sinks[:, None, :, None] - top)
-            result = np.einsum("krgp,kpd->krgd", probs, vals, optimize=True)
-            out[rows] = result.transpose(1, 0, 2, 3).reshape(len(rows), n_heads, hd)
-            continue
-        for i, row in enumerate(rows):
-            end, wg = int(positions[row]) + 1, c["wg"]
-            start = max(end - c["window"], 0) // size * size if c["window"] else 0
-            share = -(-(end - start) // (splits * wg)) * wg
-            for s in range(splits):
-                here = slice(start + s * share, min(start + (s + 1) * share, end))
-                part = scores[:, i, :, here]  # (n_kv, group, here)
-                top = part.max(axis=-1, initial=-1e30)
-                probs = np.exp(part - top[..., None])
-                sums = np.einsum("kgp,kpd->kgd", probs, vals[:, here])
-                out[row, :, s, :hd] = sums.reshape(n_heads, hd)
-                out[row, :, s, hd] = top.reshape(-1)
-                out[row, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
-
-
-@twin
-def attention_merge(c: dict, views: list[np.ndarray]) -> None:
-    v, st, hd = Views(views), c["st"], c["head_dim"]
-    step, parts = v.u32(), v.f32(-1, c["n_heads"], c["splits"], hd + 2)
-    sinks = v.f32(c["n_heads"]) if c["sinks"] else None
-    out = v.f32(-1, c["n_heads"], hd)
-    n = int(step[st.N_ROWS])
-    top = parts[:n, :, :, hd].max(axis=2, keepdims=True)
-    if c["sinks"]:
-        top = np.maximum(top, sinks[None, :, None])
-    weight = np.exp(parts[:n, :, :, hd] - top)
-    sums = (weight * parts[:n, :, :, hd + 1]).sum(axis=2)
-    if c["sinks"]:
-        sums = sums + np.exp(sinks[None, :] - top[..., 0])
-    out[:n] = np.einsum("rhs,rhsd->rhd", weight, parts[:n, :, :, :hd]) / sums[..., None]
-
-
-@twin
 def short_conv(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim, l_cache = Views(views), c["st"], c["dim"], c["l_cache"]
     step, bcx, weight = v.u32(), v.f32(-1, 3, dim), v.f32(dim, l_cache)
     state, out = v.f32(), v.f32(-1, dim)
     n = int(step[st.N_ROWS])
     row_seqs = step[st.row_seqs : st.row_seqs + n]
-    slots = _records(step, st, st.SLOT).astype(np.int64)
+    slots = records_of(step, st, st.SLOT).astype(np.int64)
     for seq in np.unique(row_seqs):
         rows = np.flatnonzero(row_seqs == seq)
         start = int(slots[seq]) * c["stride"]
@@ -316,89 +215,6 @@ def short_conv(c: dict, views: list[np.ndarray]) -> None:
         sums = sum(values[j : j + len(rows)] * weight[:, j] for j in range(l_cache))
         out[rows] = bcx[rows, 1] * sums
         kept[...] = values[len(rows) :]
-
-
-@twin
-def adjust_logits(c: dict, views: list[np.ndarray]) -> None:
-    v, st, n_vocab = Views(views), c["st"], c["n_vocab"]
-    step, bias, counts, logits = v.u32(), v.f32(-1, n_vocab), v.u32(-1, n_vocab), v.f32(-1, n_vocab)
-    for s, slot in enumerate(_records(step, st, st.SLOT)):
-        count, row = counts[slot], logits[s] + bias[slot]
-        repetition, presence, frequency = (
-            _record_float(step, st, s, word) for word in (st.REPETITION, st.PRESENCE, st.FREQUENCY)
-        )
-        drawn = (count & 0x7FFFFFFF).astype(np.float32)
-        row = np.where(count > 0, np.where(row > 0, row / repetition, row * repetition), row)
-        logits[s] = row - frequency * drawn - np.where(drawn > 0, presence, 0)
-
-
-@twin
-def sample_partial(c: dict, views: list[np.ndarray]) -> None:
-    v, st, n_vocab, parts = Views(views), c["st"], c["n_vocab"], c["parts"]
-    step, logits, best = v.u32(), v.f32(-1, n_vocab), v.u32(-1, parts, 2)
-    size = -(-n_vocab // parts)
-    for s in range(int(step[st.N_SEQS])):
-        for p in range(parts):
-            row = logits[s, p * size : (p + 1) * size]
-            row = np.where(row > LOWEST, row, LOWEST)
-            if len(row) and row.max() > LOWEST:
-                i = int(row.argmax())
-                best[s, p] = row[i : i + 1].view(np.uint32)[0], p * size + i
-            else:
-                best[s, p] = LOWEST.view(np.uint32), NONE
-
-
-@twin
-def sample_draw(c: dict, views: list[np.ndarray]) -> None:
-    v, st, n_vocab = Views(views), c["st"], c["n_vocab"]
-    step, logits, best, drawn = v.u32(), v.f32(-1, n_vocab), v.u32(-1, c["parts"], 2), v.u32()
-    for s in range(int(step[st.N_SEQS])):
-        temperature = _record_float(step, st, s, st.TEMPERATURE)
-        if temperature <= 0:
-            continue
-        record = step[st.seqs + s * st.SEQ_WORDS :][: st.SEQ_WORDS]
-        row = logits[s]
-        top = best[s, :, 0].copy().view(np.float32).max()
-        p = np.exp((row - top) * (np.float32(1) / temperature))
-        mass = (p * (np.float32(2**30) / p.sum(dtype=np.float32))).astype(np.uint32).astype(np.int64)
-        kept = p >= _record_float(step, st, s, st.MIN_P)
-        top_k, top_p = int(record[st.TOP_K]), _record_float(step, st, s, st.TOP_P)
-        if 0 < top_k < int(kept.sum()):
-            kept &= row >= np.partition(row[kept], -top_k)[-top_k]
-        if top_p < 1:
-            goal = max(int(np.ceil(top_p * np.float32(mass[kept].sum()))), 1)
-            order = np.argsort(-row, kind="stable")
-            order = order[kept[order]]
-            reached = int(np.searchsorted(np.cumsum(mass[order]), goal))
-            kept &= row >= row[order[min(reached, len(order) - 1)]]
-        mass[~kept] = 0
-        sums = np.cumsum(mass)
-        left = _hash(int(record[st.SEED]), int(record[st.DRAW_POSITION])) * int(sums[-1]) >> 32
-        drawn[s] = np.searchsorted(sums, left, side="right")
-
-
-@twin
-def sample_final(c: dict, views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    step, best, drawn, slots, out = v.u32(), v.u32(-1, c["parts"], 2), v.u32(), v.u32(), v.u32()
-    counts = v.u32(-1, c["n_vocab"]) if c["counting"] else None
-    for s in range(int(step[st.N_SEQS])):
-        record = step[st.seqs + s * st.SEQ_WORDS :][: st.SEQ_WORDS]
-        row = int(record[st.LOGITS_ROW])
-        if row == NONE:
-            continue
-        token = int(drawn[s])
-        if _record_float(step, st, s, st.TEMPERATURE) <= 0:
-            tops = best[s, :, 0].copy().view(np.float32)
-            token = int(best[s, int(tops.argmax()), 1])
-        slots[record[st.SLOT]] = out[s] = token
-        if counts is not None and token < c["n_vocab"]:
-            counts[record[st.SLOT], token] += 1
-        if step[st.ADVANCE]:
-            step[st.tokens + row] = token
-            step[st.positions + row] += 1
-            record[st.KV_LEN] += 1
-            record[st.DRAW_POSITION] += 1
 
 
 @twin
@@ -433,31 +249,14 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _softcap(x: np.ndarray, cap: float) -> np.ndarray:
+def softcapped(x: np.ndarray, cap: float) -> np.ndarray:
     return np.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
-def _blocks_of(c: dict, step: np.ndarray, seqs: Any, index: np.ndarray) -> np.ndarray:
-    """The pages that hold blocks `index` of sequences: by their tables, or in the ring of their slots."""
-    st = c["st"]
-    if c["ring"]:
-        return step[st.seqs + seqs * st.SEQ_WORDS + st.SLOT] * c["ring"] + index % c["ring"]
-    return step[st.tables + seqs * st.max_blocks + index]
-
-
-def _records(step: np.ndarray, st: Any, word: int) -> np.ndarray:
+def records_of(step: np.ndarray, st: Any, word: int) -> np.ndarray:
     """One word of every sequence record of this step: (n_seqs,)."""
     return step[st.seqs + word : st.seqs + int(step[st.N_SEQS]) * st.SEQ_WORDS : st.SEQ_WORDS]
 
 
-def _record_float(step: np.ndarray, st: Any, seq: int, word: int) -> np.float32:
+def record_float(step: np.ndarray, st: Any, seq: int, word: int) -> np.float32:
     return step[st.seqs + seq * st.SEQ_WORDS + word :][:1].view(np.float32)[0]
-
-
-def _hash(seed: int, position: int) -> int:
-    h = seed ^ (position * 0x9E3779B9) & NONE
-    for _ in range(2):
-        h = (h * 747796405 + 2891336453) & NONE
-        w = (((h >> ((h >> 28) + 4)) ^ h) * 277803737) & NONE
-        h = (w >> 22) ^ w
-    return h

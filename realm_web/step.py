@@ -3,11 +3,12 @@
 Everything else in a recorded program is constant. All words are u32 (floats by their bits). Layout:
 
     header (16) | sequence records (max_seqs x 16)
-    | tokens | positions | sequence of each row | tiles (max_rows each)
+    | tokens | positions | sequence of each row | tiles | targets (max_rows each)
     | block tables (max_seqs x max_blocks)
 
 A *row* is one token of this step; a *tile* is up to `qt` consecutive rows of one sequence (first row,
-count << 16). Kernels see the layout as the constant `st`.
+count << 16). The *target* of a row is the token whose log-probability is asked for, NONE where none is.
+Kernels see the layout as the constant `st`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class StepLayout:
     REPETITION = 9
     PRESENCE = 10
     FREQUENCY = 11
+    POOL = 15  # of the sequence's final hidden states: NO_POOL, MEAN, LAST or CLS
+    # values of POOL
+    NO_POOL, MEAN, LAST, CLS = range(4)
 
     @property
     def seqs(self) -> int:
@@ -67,8 +71,12 @@ class StepLayout:
         return self.row_seqs + self.max_rows
 
     @property
-    def tables(self) -> int:
+    def targets(self) -> int:
         return self.tiles + self.max_rows
+
+    @property
+    def tables(self) -> int:
+        return self.targets + self.max_rows
 
     @property
     def n_words(self) -> int:
@@ -83,6 +91,7 @@ class StepLayout:
         records: Sequence[bytes],
         tiles: Sequence[int],
         advance: bool,
+        targets: Sequence[int] = (),
     ) -> bytes:
         """Everything but the block tables, as the bytes of the words from 0 to the last one used."""
         words = array("I", bytes(4 * self.tables))
@@ -95,6 +104,8 @@ class StepLayout:
             (self.tiles, tiles),
         ):
             words[start : start + len(values)] = array("I", values)
+        rest = b"\xff" * (4 * (self.max_rows - len(targets)))  # NONE
+        words[self.targets : self.tables] = array("I", targets) + array("I", rest)
         return words.tobytes()
 
 

@@ -127,6 +127,7 @@ def cases() -> Iterator[Case]:
     import attention_cases  # which need this module
     import moe_cases
     import sampling_cases
+    import score_cases
 
     yield from repack_cases()
     yield from embed_cases()
@@ -137,6 +138,7 @@ def cases() -> Iterator[Case]:
     yield from short_conv_cases()
     yield from moe_cases.cases()
     yield from sampling_cases.cases()
+    yield from score_cases.cases()
     tensors = lambda rng: [rng.integers(0, 1000, (4096, 4)).astype(np.uint32), np.ones(4, np.uint32)]  # noqa: E731
     yield Case(
         "stream_read", "stream_read", {"n": 4096, "stride": 512}, tensors, (1,), (2,), EXACT, dtype="u32"

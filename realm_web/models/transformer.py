@@ -18,7 +18,7 @@ from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
 from realm_web.ops import Pages, Recorder, Rope, State
 from realm_web.quants import FORMATS, QuantFormat
-from realm_web.runtime.device import Device
+from realm_web.runtime.device import Device, View
 from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
 
 LONG_ROPE = {"rope_factors_long.weight", "rope_factors_short.weight"}
@@ -113,7 +113,11 @@ class Transformer:
         return sum(read.values())
 
     def record(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:
-        """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn.
+        """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn."""
+        return self.record_logits(r, self.record_hidden(r, memory, ropes))
+
+    def record_hidden(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:
+        """Record all layers; returns the hidden states (n_rows, dim), before the final norm.
 
         `memory` is what each layer keeps of the sequences: pages of attention, states of short convolutions.
         `ropes` holds one for each of config.ropes, and last the one that does not rotate.
@@ -130,11 +134,28 @@ class Transformer:
             self._add(r, partial(layer.mixer.output.record, r, mixed), layer.attn_post_norm, x)
             normed = self._normed(r, layer.ffn_norm, x)
             self._add(r, partial(layer.ffn.record, r, normed, act=c.arch.act), layer.ffn_post_norm, x)
+        return x
+
+    def record_logits(self, r: Recorder, x: Tensor) -> Tensor:
+        """The logits (n_seqs, n_vocab) of the rows of x (n_rows, dim) from which tokens are drawn."""
+        c = self.config
         last = r.scratch("last", r.n_seqs, c.dim)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
         ops.rmsnorm(r, x, self.output_norm, last, c.norm_eps, gather=True)
         ops.linear(r, last, self.output, logits, per_seq=True, scale=c.logit_scale, softcap=c.logit_softcap)
         return logits
+
+    def record_scores(self, r: Recorder, x: Tensor, out: View, *, n_valid: int) -> None:
+        """out (n_rows,) f32: the log-probability of each row's target, among the first n_valid tokens."""
+        c = self.config
+        ops.row_scores(
+            r, x, self.output_norm, self.output, out, eps=c.norm_eps, scale=c.logit_scale,
+            softcap=c.logit_softcap, n_valid=n_valid,
+        )  # fmt: skip
+
+    def record_pool(self, r: Recorder, x: Tensor, kept: Tensor, out: View) -> None:
+        """out (n_seqs, dim) f32: the sequences' rows of x, normed and pooled; `kept` as in `ops.pool`."""
+        ops.pool(r, x, self.output_norm, kept, out, eps=self.config.norm_eps)
 
     def _record_attention(
         self, r: Recorder, attention: Attention, kind: LayerKind, x: Tensor, pages: Pages, rope: Rope

@@ -46,6 +46,9 @@ class StepLayout:
     REPETITION = 9
     PRESENCE = 10
     FREQUENCY = 11
+    MASK_UNTIL = 12  # the token mask of the slot applies to draws at positions below this
+    TOP_LOGPROBS = 13  # 0: no log-probabilities; n + 1: of the token drawn and the n likeliest
+    ADAPTER = 14
     POOL = 15  # of the sequence's final hidden states: NO_POOL, MEAN, LAST or CLS
     # values of POOL
     NO_POOL, MEAN, LAST, CLS = range(4)
@@ -110,10 +113,21 @@ class StepLayout:
 
 
 def sequence_record(
-    *, slot: int, kv_len: int, logits_row: int, draw_position: int, seed: int, params: bytes
+    *,
+    slot: int,
+    kv_len: int,
+    logits_row: int,
+    draw_position: int,
+    seed: int,
+    params: bytes,
+    mask_until: int = 0,
+    top_logprobs: int = 0,
+    adapter: int = 0,
+    pool: int = StepLayout.NO_POOL,
 ) -> bytes:
     """One 16-word record; `params` comes from `sampling_words`."""
-    return struct.pack("<5I", slot, kv_len, logits_row, draw_position, seed) + params
+    first = struct.pack("<5I", slot, kv_len, logits_row, draw_position, seed)
+    return first + params + struct.pack("<4I", mask_until, top_logprobs, adapter, pool)
 
 
 def sampling_words(
@@ -126,5 +140,5 @@ def sampling_words(
     presence: float,
     frequency: float,
 ) -> bytes:
-    """The 11 words of a record that do not change while a request runs."""
-    return struct.pack("<fI5f", temperature, top_k, top_p, min_p, repetition, presence, frequency) + bytes(16)
+    """The 7 words of a record that do not change while a request runs."""
+    return struct.pack("<fI5f", temperature, top_k, top_p, min_p, repetition, presence, frequency)

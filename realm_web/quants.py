@@ -24,15 +24,16 @@ From the first three a shift and a mask of a word take four weights, one in each
 | Q4_0, Q4_1 | q | chunk, 1 vec4 | nibbles |
 | | s | chunk, 1 word | f16 d low, f16 m high (Q4_0: m = 0, and a weight is d * (q - 8)) |
 | Q5_0, Q5_1 | q, s | | as Q4_0, Q4_1 (Q5_0: a weight is d * (q - 16)) |
-| | h | chunk, 1 word | bit i = fifth bit of weight i |
+| | h | chunk, 1 word | lanes: the fifth bit |
 | Q8_0 | q | chunk, 2 vec4 | 32 int8 |
 | | s | chunk, 1 word | f16 d low |
-| Q4_K | h | 256-block, 1 vec4 | the raw header: f16 d, f16 dmin, 12 bytes of 6-bit scales and minima |
+| Q4_K | h | 256-block, 1 vec4 | f16 d, f16 dmin; by nibbles of the 8 chunks: low bits of the scales; of the minima; |
+| | | | high two bits of the scale and of the minimum |
 | | q | chunk, 1 vec4 | nibbles |
 | Q5_K | h, q | | as Q4_K |
-| | b | chunk, 1 word | bit i = fifth bit of weight i |
+| | b | chunk, 1 word | lanes: the fifth bit |
 | Q6_K | q | chunk, 1 vec4 | nibbles |
-| | b | chunk, 1 vec2 | the high two bits: weight i at bits 2 * (i % 16) of word i / 16 |
+| | b | chunk, 1 vec2 | crumbs: the high two bits |
 | | s | chunk, 1 word | int8 scale of weights 0-15, int8 scale of weights 16-31, f16 d in the high half |
 | Q2_K | q | chunk, 1 vec2 | crumbs |
 | | s | 256-block, 5 words | f16 d, f16 dmin; 16 bytes, for 16 weights each: scale low, minimum high nibble |

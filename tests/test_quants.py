@@ -181,7 +181,7 @@ def test_the_words_of_packed_q6_k_spelled_out_by_hand():
         low = block[64 * half + 32 * (quarter % 2) + i] >> (4 * (quarter // 2)) & 15
         high = block[128 + 32 * half + i] >> (2 * quarter) & 3
         assert parts["q"].view(np.uint8)[16 * chunk + i % 16] >> (4 * (i // 16)) & 15 == low
-        assert int(parts["b"][2 * chunk + i // 16]) >> (2 * (i % 16)) & 3 == high
+        assert parts["b"].view(np.uint8)[8 * chunk + i // 16 * 4 + i % 4] >> (2 * (i % 16 // 4)) & 3 == high
         assert parts["s"].view(np.uint8)[4 * chunk + i // 16] == block[192 + 2 * chunk + i // 16]
         assert bytes(parts["s"].view(np.uint8)[4 * chunk + 2 :][:2]) == bytes(block[208:210])
 
@@ -191,7 +191,23 @@ def test_the_fifth_bits_of_packed_q5_k_spelled_out_by_hand():
     words = dequant.repack("Q5_K", raw)["b"]
     for chunk in range(8):
         for i in range(32):
-            assert int(words[chunk]) >> i & 1 == raw[0, 16 + i] >> chunk & 1
+            assert int(words[chunk]) >> (8 * (i % 4) + i // 4) & 1 == raw[0, 16 + i] >> chunk & 1
+
+
+def test_the_header_of_packed_q4_k_holds_scales_and_minima_by_nibbles():
+    raw = random_blocks("Q4_K", 1, seed=6)
+    header = raw[0, :16]
+    d, dmin = header[:4].view(np.float16)
+    words = dequant.repack("Q4_K", raw)["h"]
+    assert words[0] == header[:4].view(np.uint32)[0]
+    codes = raw[0, 16:]
+    weights = dequant.dequantize("Q4_K", raw).reshape(8, 32)
+    for chunk in range(8):
+        low, minimum, high = (int(word) >> (4 * chunk) & 15 for word in words[1:])
+        scale = np.float32(d) * np.float32(low | (high & 3) << 4)
+        least = np.float32(dmin) * np.float32(minimum | high >> 2 << 4)
+        code = codes[32 * (chunk // 2)] >> (4 * (chunk % 2)) & 15
+        assert weights[chunk, 0] == scale * np.float32(code) - least
 
 
 def test_scales_of_the_simple_formats_share_a_word():

@@ -53,10 +53,6 @@ def bits_of(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
 
 
-def pack_bits(bits: np.ndarray) -> np.ndarray:
-    return np.packbits(bits, axis=1, bitorder="little")
-
-
 def crumbs(packed: np.ndarray) -> np.ndarray:
     """Words to codes below 4, uint8 `(n_chunks, 32)`: weight 16w + 4k + b at bit 2k of byte b of word w."""
     shift = np.arange(0, 8, 2, dtype=np.uint8).reshape(1, 1, 4, 1)

@@ -59,8 +59,8 @@ def _shifted(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> np.ndarray:
     return d * codes.astype(np.float32) + m
 
 
-def with_fifth_bit(low: np.ndarray, words: np.ndarray) -> np.ndarray:
-    return low | (bits_of(words) << np.uint8(4))
+def with_fifth_bit(low: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    return low | (bits << np.uint8(4))
 
 
 def _q4_0_weights(blocks: np.ndarray) -> np.ndarray:
@@ -72,12 +72,12 @@ def _q4_1_weights(blocks: np.ndarray) -> np.ndarray:
 
 
 def _q5_0_weights(blocks: np.ndarray) -> np.ndarray:
-    codes = with_fifth_bit(nibbles(blocks[:, 6:]), words(blocks[:, 2:6]))
+    codes = with_fifth_bit(nibbles(blocks[:, 6:]), bits_of(words(blocks[:, 2:6])))
     return _scaled(codes, half(blocks[:, :2]), 16)
 
 
 def _q5_1_weights(blocks: np.ndarray) -> np.ndarray:
-    codes = with_fifth_bit(nibbles(blocks[:, 8:]), words(blocks[:, 4:8]))
+    codes = with_fifth_bit(nibbles(blocks[:, 8:]), bits_of(words(blocks[:, 4:8])))
     return _shifted(codes, half(blocks[:, :2]), half(blocks[:, 2:4]))
 
 
@@ -94,11 +94,12 @@ def _q4_1_repack(blocks: np.ndarray) -> Parts:
 
 
 def _q5_0_repack(blocks: np.ndarray) -> Parts:
-    return {"q": blocks[:, 6:], "s": padded_half(blocks[:, :2]), "h": blocks[:, 2:6]}
+    bits = pack_lanes(bits_of(words(blocks[:, 2:6])))
+    return {"q": blocks[:, 6:], "s": padded_half(blocks[:, :2]), "h": bits}
 
 
 def _q5_1_repack(blocks: np.ndarray) -> Parts:
-    return {"q": blocks[:, 8:], "s": blocks[:, :4], "h": blocks[:, 4:8]}
+    return {"q": blocks[:, 8:], "s": blocks[:, :4], "h": pack_lanes(bits_of(words(blocks[:, 4:8])))}
 
 
 def _q8_0_repack(blocks: np.ndarray) -> Parts:
@@ -115,12 +116,12 @@ def _q4_1_unpack(parts: Parts) -> np.ndarray:
 
 
 def _q5_0_unpack(parts: Parts) -> np.ndarray:
-    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), parts["h"])
+    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), lanes(parts["h"]))
     return _scaled(codes, half_of(parts["s"], high=False), 16)
 
 
 def _q5_1_unpack(parts: Parts) -> np.ndarray:
-    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), parts["h"])
+    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), lanes(parts["h"]))
     return _shifted(codes, half_of(parts["s"], high=False), half_of(parts["s"], high=True))
 
 

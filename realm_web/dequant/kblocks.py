@@ -11,7 +11,6 @@ from realm_web.dequant.bits import (
     half_of,
     lanes,
     nibbles,
-    pack_bits,
     pack_crumbs,
     pack_lanes,
     pack_nibbles,
@@ -32,17 +31,31 @@ def _planes(packed: np.ndarray) -> np.ndarray:
 
 
 def _k_scales(header: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 16-byte header `(n_blocks, 16)` to d * scale and dmin * minimum of each chunk, `(n_chunks, 1)`.
+    """Scales and minima of the 8 chunks, below 64, of a 16-byte header: `(n_blocks, 8)` each.
 
     Of the 12 bytes after d and dmin, byte j < 4 holds scale j in its low six bits and byte 4 + j minimum j;
     byte 8 + j holds the low nibbles of scale 4 + j and minimum 4 + j, whose high two bits are the top bits of
     bytes j and 4 + j.
     """
     low, mid, high = header[:, 4:8], header[:, 8:12], header[:, 12:16]
-    scale = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1).astype(np.float32)
-    minimum = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1).astype(np.float32)
-    d, dmin = half(header[:, :2]), half(header[:, 2:4])
-    return (d * scale).reshape(-1, 1), (dmin * minimum).reshape(-1, 1)
+    scale = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
+    return scale, np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
+
+
+def _k_header(header: np.ndarray) -> np.ndarray:
+    """The header as it is packed: for chunk j nibble j of three words: low bits, low bits, high pairs."""
+    scale, minimum = _k_scales(header)
+    rows = (scale & 15, minimum & 15, (scale >> 4) | (minimum >> 4 << 2))
+    return np.concatenate([header[:, :4], *(row[:, ::2] | (row[:, 1::2] << 4) for row in rows)], axis=1)
+
+
+def _packed_scales(header: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `_k_scales` gives, of a packed header."""
+    low, mid, high = (
+        np.stack([header[:, at : at + 4] & 15, header[:, at : at + 4] >> 4], axis=2).reshape(-1, 8)
+        for at in (4, 8, 12)
+    )
+    return low | ((high & 3) << 4), mid | (high >> 2 << 4)
 
 
 def _k_codes(packed: np.ndarray) -> np.ndarray:
@@ -56,39 +69,44 @@ def _k_fifth_bits(qh: np.ndarray) -> np.ndarray:
     return bits.transpose(0, 2, 1).reshape(-1, CHUNK)
 
 
-def _k_weights(codes: np.ndarray, header: np.ndarray) -> np.ndarray:
-    scale, minimum = _k_scales(header)
-    return scale * codes.astype(np.float32) - minimum  # (n_chunks, 32)
+def _k_weights(
+    codes: np.ndarray, header: np.ndarray, scales: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:  # fmt: skip
+    d, dmin = half(header[:, :2]), half(header[:, 2:4])
+    scale, minimum = (v.astype(np.float32) for v in scales)
+    return (d * scale).reshape(-1, 1) * codes.astype(np.float32) - (dmin * minimum).reshape(-1, 1)
 
 
 def _q4_k_weights(blocks: np.ndarray) -> np.ndarray:
-    return _k_weights(_k_codes(blocks[:, 16:]), blocks[:, :16])
+    return _k_weights(_k_codes(blocks[:, 16:]), blocks[:, :16], _k_scales(blocks[:, :16]))
 
 
 def _q5_k_weights(blocks: np.ndarray) -> np.ndarray:
     codes = _k_codes(blocks[:, 48:]) | (_k_fifth_bits(blocks[:, 16:48]) << np.uint8(4))
-    return _k_weights(codes, blocks[:, :16])
+    return _k_weights(codes, blocks[:, :16], _k_scales(blocks[:, :16]))
 
 
 def _q4_k_repack(blocks: np.ndarray) -> Parts:
-    return {"h": blocks[:, :16], "q": pack_nibbles(_k_codes(blocks[:, 16:]))}
+    return {"h": _k_header(blocks[:, :16]), "q": pack_nibbles(_k_codes(blocks[:, 16:]))}
 
 
 def _q5_k_repack(blocks: np.ndarray) -> Parts:
     return {
-        "h": blocks[:, :16],
+        "h": _k_header(blocks[:, :16]),
         "q": pack_nibbles(_k_codes(blocks[:, 48:])),
-        "b": pack_bits(_k_fifth_bits(blocks[:, 16:48])),
+        "b": pack_lanes(_k_fifth_bits(blocks[:, 16:48])),
     }
 
 
 def _q4_k_unpack(parts: Parts) -> np.ndarray:
-    return _k_weights(nibbles(as_bytes(parts["q"], 16)), as_bytes(parts["h"], 16))
+    header = as_bytes(parts["h"], 16)
+    return _k_weights(nibbles(as_bytes(parts["q"], 16)), header, _packed_scales(header))
 
 
 def _q5_k_unpack(parts: Parts) -> np.ndarray:
-    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), parts["b"])
-    return _k_weights(codes, as_bytes(parts["h"], 16))
+    header = as_bytes(parts["h"], 16)
+    codes = with_fifth_bit(nibbles(as_bytes(parts["q"], 16)), lanes(parts["b"]))
+    return _k_weights(codes, header, _packed_scales(header))
 
 
 # -- Q6_K: low nibbles (128 bytes), high bit pairs (64), int8 scales (16), d (f16) ------------------
@@ -114,20 +132,18 @@ def _q6_k_weights(blocks: np.ndarray) -> np.ndarray:
 
 
 def _q6_k_repack(blocks: np.ndarray) -> Parts:
-    quads = _planes(blocks[:, 128:192]).reshape(-1, 8, 4)  # four pairs make a byte
     d = np.repeat(blocks[:, 208:], 8, axis=0)  # (n_chunks, 2)
     return {
         "q": pack_nibbles(_q6_k_low(blocks)),
-        "b": quads[..., 0] | (quads[..., 1] << 2) | (quads[..., 2] << 4) | (quads[..., 3] << 6),
+        "b": pack_crumbs(_planes(blocks[:, 128:192])),
         "s": np.concatenate([blocks[:, 192:208].reshape(-1, 2), d], axis=1),
     }
 
 
 def _q6_k_unpack(parts: Parts) -> np.ndarray:
-    pairs = parts["b"].reshape(-1, 1) >> np.arange(0, 32, 2, dtype=np.uint32)  # (2 * n_chunks, 16)
-    high = (pairs & np.uint32(3)).astype(np.uint8).reshape(-1, CHUNK)
     scales = as_bytes(parts["s"], 4)[:, :2].astype(np.int8)
-    return _q6_k_value(nibbles(as_bytes(parts["q"], 16)), high, half_of(parts["s"], high=True), scales)
+    low, high = nibbles(as_bytes(parts["q"], 16)), crumbs(parts["b"])
+    return _q6_k_value(low, high, half_of(parts["s"], high=True), scales)
 
 
 # -- Q2_K: 16 bytes of scales (low) and minima (high nibble), pairs of bits (64), d, dmin (f16) -----

@@ -1,4 +1,4 @@
-{# Q4_K: h is the raw 16-byte header of a 256-block, q the nibbles of a chunk in Q4_0's order. #}
+{# Q4_K: h is the header of a 256-block, q the nibbles of a chunk in Q4_0's order. #}
 # import "quant/lib_k.wgsl" as k
 # macro decode(w, bind)
 {{ bind(w ~ "_h", "vec4<u32>") }}
@@ -26,11 +26,13 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
 {{ bind("h", "vec4<u32>", "read_write") }}
 {{ bind("q", "vec4<u32>", "read_write") }}
 
+{{ k.header() }}
+
 fn repack(c: u32, dst: u32) {
   let at = (c >> 3u) * 144u;
   let j = c & 7u;
   if (j == 0u) {
-    h[dst >> 3u] = words(at);
+    h[dst >> 3u] = packed_header(words(at));
   }
   // ggml keeps two chunks in 32 bytes: the even one in the low nibbles, the odd one in the high nibbles
   let from_ = at + 16u + 32u * (j >> 1u);

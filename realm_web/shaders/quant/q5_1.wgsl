@@ -1,4 +1,5 @@
-{# Q5_1: q and s as Q4_1; h holds the fifth bit of weight i in bit i: weight = d * value + m. #}
+{# Q5_1: q and s as Q4_1; h lanes of the fifth bit: weight = d * value + m. #}
+# import "quant/lib_bits.wgsl" as bits
 # macro decode(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
@@ -9,8 +10,7 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
   let dm = unpack2x16float({{ w }}_s[c]);
   let h = {{ w }}_h[c];
   # for i in range(8)
-  let n{{ i }} = (unpack4xU8((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu)
-    | (((vec4<u32>(h) >> (vec4<u32>(0u, 1u, 2u, 3u) + {{ 4 * i }}u)) & vec4<u32>(1u)) << vec4<u32>(4u)));
+  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | (((h >> {{ i }}u) & 0x01010101u) << 4u));
   # endfor
   return array<vec4<f32>, 8>(
   # for i in range(8)
@@ -25,10 +25,12 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
 {{ bind("s", "u32", "read_write") }}
 {{ bind("h", "u32", "read_write") }}
 
+{{ bits.lanes() }}
+
 fn repack(c: u32, dst: u32) {
   let at = c * 24u;
   s[dst] = word(at);
-  h[dst] = word(at + 4u);
+  h[dst] = lanes(word(at + 4u));
   q[dst] = words(at + 8u);
 }
 # endmacro

@@ -1,4 +1,4 @@
-{# Q5_K: h and q as Q4_K; b holds the fifth bit of weight i of the chunk in bit i. #}
+{# Q5_K: h and q as Q4_K; b lanes of the fifth bit. #}
 # import "quant/lib_k.wgsl" as k
 # macro decode(w, bind)
 {{ bind(w ~ "_h", "vec4<u32>") }}
@@ -12,8 +12,7 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
   let b = {{ w }}_b[c];
   let dm = {{ w }}_scale_min({{ w }}_h[c >> 3u], c & 7u);
   # for i in range(8)
-  let n{{ i }} = (unpack4xU8((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu)
-    | (((vec4<u32>(b) >> (vec4<u32>(0u, 1u, 2u, 3u) + {{ 4 * i }}u)) & vec4<u32>(1u)) << vec4<u32>(4u)));
+  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | (((b >> {{ i }}u) & 0x01010101u) << 4u));
   # endfor
   return array<vec4<f32>, 8>(
   # for i in range(8)
@@ -28,15 +27,17 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
 {{ bind("q", "vec4<u32>", "read_write") }}
 {{ bind("b", "u32", "read_write") }}
 
+{{ k.header() }}
+
 fn repack(c: u32, dst: u32) {
   let at = (c >> 3u) * 176u;
   let j = c & 7u;
   if (j == 0u) {
-    h[dst >> 3u] = words(at);
+    h[dst >> 3u] = packed_header(words(at));
   }
   var bits = 0u;
-  for (var i = 0u; i < 32u; i++) {
-    bits |= ((byte(at + 16u + i) >> j) & 1u) << i;
+  for (var i = 0u; i < 8u; i++) {
+    bits |= ((word(at + 16u + 4u * i) >> j) & 0x01010101u) << i;
   }
   b[dst] = bits;
   let from_ = at + 48u + 32u * (j >> 1u);

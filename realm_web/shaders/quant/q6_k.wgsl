@@ -1,5 +1,6 @@
-{# Q6_K: q low nibbles in Q4_0's order; b the high 2 bits, weight i at bits 2*(i%16) of word i/16;
+{# Q6_K: q low nibbles in Q4_0's order; b crumbs of the high 2 bits;
    s = int8 scale of the chunk's first 16 weights, of its last 16, f16 d in the high half. #}
+# import "quant/lib_crumbs.wgsl" as crumb
 # macro decode(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_b", "vec2<u32>") }}
@@ -11,8 +12,7 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
   let s = {{ w }}_s[c];
   let scales = vec2<f32>(unpack4xI8(s).xy) * unpack2x16float(s).y;
   # for i in range(8)
-  let n{{ i }} = (unpack4xU8((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu)
-    | (((vec4<u32>(b.{{ "xy"[i // 4] }}) >> (vec4<u32>(0u, 2u, 4u, 6u) + {{ 8 * (i % 4) }}u)) & vec4<u32>(3u)) << vec4<u32>(4u)));
+  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | ({{ crumb.four("b", i) }} << 4u));
   # endfor
   return array<vec4<f32>, 8>(
   # for i in range(8)
@@ -27,6 +27,8 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
 {{ bind("b", "vec2<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+{{ crumb.pack() }}
+
 fn repack(c: u32, dst: u32) {
   // ggml: 128 bytes ql, 64 bytes qh, 16 int8 scales, f16 d. Halves of 128 weights; in a half, chunk k (0..3) has its
   // low nibbles in ql[32*(k&1) ..] (low or high nibble by k>>1) and its high bits in qh at bits 2*k.
@@ -38,12 +40,7 @@ fn repack(c: u32, dst: u32) {
   let shift = vec4<u32>(4u * (k >> 1u));
   let mask = vec4<u32>(0x0f0f0f0fu);
   q[dst] = ((words(low) >> shift) & mask) | (((words(low + 16u) >> shift) & mask) << vec4<u32>(4u));
-  var bits = vec2<u32>(0u);
-  for (var i = 0u; i < 16u; i++) {
-    bits.x |= ((byte(at + 128u + 32u * half + i) >> (2u * k)) & 3u) << (2u * i);
-    bits.y |= ((byte(at + 144u + 32u * half + i) >> (2u * k)) & 3u) << (2u * i);
-  }
-  b[dst] = bits;
+  b[dst] = crumbs(at + 128u + 32u * half, 2u * k);
   s[dst] = byte(at + 192u + 2u * j) | (byte(at + 193u + 2u * j) << 8u) | (half_at(at + 208u) << 16u);
 }
 # endmacro

@@ -125,6 +125,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def cases() -> Iterator[Case]:
     import attention_cases  # which need this module
+    import matmul_cases
     import moe_cases
     import sampling_cases
     import score_cases
@@ -133,7 +134,8 @@ def cases() -> Iterator[Case]:
     yield from embed_cases()
     yield from norm_cases()
     yield from matvec_cases()
-    yield from matmul_cases()
+    yield from matmul_cases.cases()
+    yield from gated_cases()
     yield from attention_cases.cases()
     yield from short_conv_cases()
     yield from moe_cases.cases()
@@ -230,7 +232,7 @@ def norm_cases() -> Iterator[Case]:
         yield Case(name, "qk_norm", consts, slices, (1,), (n_q + n_k, 6), SUM, needs=needs, subgroup=subgroup)
 
 
-def _linear(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
+def linear_tensors(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
     def tensors(rng):
         step = step_words([(0, m)], rng=rng)
         extra = [normal(rng, stride)] * bias
@@ -244,7 +246,7 @@ def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, subgroup=0, act="", bias=False,
              residual=False, offset=0, fold=0, scale=1.0, softcap=0.0):  # fmt: skip
         stride = n + offset
-        tensors, out = _linear(fmt, n, k, m, act, bias, residual, stride)
+        tensors, out = linear_tensors(fmt, n, k, m, act, bias, residual, stride)
         consts = {
             "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
             "softcap": softcap, "out_stride": stride,
@@ -278,24 +280,7 @@ def matvec_cases() -> Iterator[Case]:
     yield case("Q4_K", lanes=1, m=20, m_tile=8, act="silu_mul")
 
 
-def matmul_cases() -> Iterator[Case]:
-    for fmt in FORMATS:
-        for f16 in (False, True) if fmt in SHAPES else (False,):
-            for bm, m, act, residual in ((32, 20, "", True), (64, 70, "silu_mul", False)):
-                if act and fmt not in ("Q4_1", "Q4_K", "Q6_K"):
-                    continue
-                n, k, offset = 70, 256, 6
-                tensors, out = _linear(fmt, n, k, m, act, residual, residual, n + offset)
-                consts = {
-                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual,
-                    "scale": 1.0, "softcap": 0.0,
-                    "out_stride": n + offset, "out_offset": offset, "bm": bm, "f16": f16, "st": ST,
-                }  # fmt: skip
-                name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
-                grid = (-(-n // (32 if act else 64)), -(-m // bm))
-                tolerance = HALF if f16 else FMA
-                yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
-
+def gated_cases() -> Iterator[Case]:
     def tensors(rng):
         step = step_words([(0, 1), (9, 3)], rng=rng)
         return [step, normal(rng, 8, 128) * 5, np.zeros((8, 64), np.float32)]

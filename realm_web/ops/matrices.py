@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from realm_web.ops import matmuls
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
@@ -73,10 +74,7 @@ def linear(
         }  # fmt: skip
         views = [r.step, x, *shard.parts, *([bias] if bias else []), out]
         if m > MATVEC_ROWS and not r.device.info.is_cpu and not per_seq:
-            bm = 32 if m <= 32 else 64
-            f16 = "f16" in r.device.features and not exact
-            kernel = r.device.kernel("matmul", **consts, bm=bm, f16=f16)
-            grid = (-(-n // (32 if act else 64)), -(-m // bm))
+            matmuls.record(r, consts, views, m, weight.label, exact)
         else:
             tuning = choose_matvec(r.device, n, weight.k, m)
             grid, fold = tuning.grid(r.device, n, m)
@@ -84,4 +82,4 @@ def linear(
                 "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
                 m_tile=tuning.m_tile, subgroup=tuning.subgroup, grid_x=fold,
             )  # fmt: skip
-        r.add(kernel, views, grid, f"{kernel.name} {weight.label}")
+            r.add(kernel, views, grid, f"{kernel.name} {weight.label}")

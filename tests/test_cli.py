@@ -88,7 +88,7 @@ def scripted(monkeypatch):
     def install(*pieces: str, **how) -> ScriptedEngine:
         engine = ScriptedEngine(*pieces, **how)
 
-        async def open_engine(args: argparse.Namespace) -> ScriptedEngine:
+        async def open_engine(args: argparse.Namespace, **sizes: int) -> ScriptedEngine:
             return engine
 
         async def measure_bandwidth(device: SimpleNamespace) -> float:

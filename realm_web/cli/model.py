@@ -55,8 +55,11 @@ def read_header(name: str) -> "GGUFFile":
     return asyncio.run(opened())
 
 
-async def open_engine(args: argparse.Namespace) -> "Engine":
-    """The engine for `args.model` on `args.device`, while a progress bar runs on stderr."""
+async def open_engine(args: argparse.Namespace, **sizes: int) -> "Engine":
+    """The engine for `args.model` on `args.device`, while a progress bar runs on stderr.
+
+    `sizes` are more arguments of `Engine.open`.
+    """
     source = model_or_default(args.model)
 
     from realm_web.cli.terminal import LoadProgress
@@ -69,4 +72,5 @@ async def open_engine(args: argparse.Namespace) -> "Engine":
             context=args.context,
             cpu_dequant=args.cpu_dequant,
             on_progress=progress,
+            **sizes,
         )

@@ -58,11 +58,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """--device, --context and --cpu-dequant, as `open_engine` reads them."""
+def add_engine(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
+    """--device, --context and --cpu-dequant, as `open_engine` reads them; `context` is the default."""
     add_device(parser)
+    usual = "the model's, at most 8192" if context is None else str(context)
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of context (default: the model's, at most 8192)"
+        "--context", type=int, default=context, metavar="N", help=f"tokens of context (default: {usual})"
     )
     parser.add_argument(
         "--cpu-dequant",

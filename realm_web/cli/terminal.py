@@ -94,3 +94,32 @@ class LoadProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+
+class WorkProgress:
+    """One bar on stderr for work of `total` pieces (None: not known); absent without a terminal."""
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bars.add_task(what, total=total, text="")
+
+    def show(self, done: int, text: str) -> None:
+        """`text` says in words how far it is and how quick."""
+        self._bars.update(self._task, completed=done, text=text)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()

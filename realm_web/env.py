@@ -23,7 +23,11 @@ VARIABLES: dict[str, Variable] = {
     for variable in (
         Variable("REALM_DEVICE", "auto", "device when none is asked for: `auto`, `webgpu` or `cpu`"),
         Variable("REALM_DISABLE", "", "device features not to use, by commas: `subgroups`, `f16`"),
-        Variable("REALM_DEBUG", "0", "1: show the traceback of an error"),
+        Variable(
+            "REALM_DEBUG",
+            "0",
+            "1: show the traceback of an error; 2: also the time of every kernel, by timestamps",
+        ),
         Variable("REALM_MODEL", "", "model file or URL used where none is given"),
     )
 }

@@ -34,6 +34,10 @@ LEVELS = {
     "models": 4,
     "kvcache": 4,
     "sampler": 4,
+    "grammar": 4,
+    "grammar_ebnf": 4,
+    "grammar_native": 4,
+    "grammar_page": 4,
     "scheduler": 5,
     "loader": 5,
     "sources": 5,
@@ -53,7 +57,7 @@ LEVELS = {
 # Only these modules may import the package (a `*` at the end: any module that starts so).
 THIRD_PARTY = {
     "jinja2": ("chat", "runtime.template"),
-    "wgpu": ("runtime.webgpu",),
+    "wgpu": ("runtime.webgpu*",),
     "js": ("runtime.browser",),
     "pyodide": ("runtime.browser",),
     "pyodide_js": ("runtime.browser",),
@@ -61,17 +65,19 @@ THIRD_PARTY = {
     "native": ("runtime.native",),
     "rich": ("cli*",),
     "huggingface_hub": ("sources",),
+    "llguidance": ("grammar_native",),
 }
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
 NATIVE_ONLY = (
-    "runtime.webgpu",
+    "runtime.webgpu*",
     "runtime.cpu*",
     "runtime.native",
     "dequant*",
     "quantize",
     "sources",
     "convert",
+    "grammar_native",
 )
 NOT_IN_A_PAGE = {
     "_thread",
@@ -178,7 +184,7 @@ def test_a_module_imports_only_what_its_level_allows(module):
         ("scheduler", "from . import engine as e\nfrom .cli import run", "of level 6 from level 5"),
         ("models.llama", "from ..scheduler import Batch", "of level 5 from level 4"),
         ("ops", "import numpy as np", "which only runtime.cpu*, dequant*, quantize, convert may"),
-        ("engine", "def f():\n    import wgpu.utils", "which only runtime.webgpu may"),
+        ("engine", "def f():\n    import wgpu.utils", "which only runtime.webgpu* may"),
         ("page", "from js import navigator", "which only runtime.browser may"),
         ("engine", "import threading", "a page does not have"),
         ("loader", "from urllib.request import urlopen", "a page does not have"),

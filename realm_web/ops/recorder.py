@@ -35,5 +35,9 @@ class Recorder:
             have = self.arena[name] = Tensor.alloc(self.device, (size,), "f32", f"scratch {name}")
         return Tensor(have.buffer, 0, -(-4 * size // 16) * 16, shape, "f32")
 
-    def add(self, kernel: Kernel, views: Sequence[View], grid: Sequence[int], label: str = "") -> None:
-        self.program.add(kernel, views, grid, label)
+    def add(
+        self, kernel: Kernel, views: Sequence[View], grid: Sequence[int], label: str = "",
+        *, nbytes: int = 0, flops: int = 0,
+    ) -> None:  # fmt: skip
+        """One kernel call; `nbytes` it must move and `flops` it computes are for who reads a profile."""
+        self.program.add(kernel, views, grid, label, nbytes=nbytes, flops=flops)

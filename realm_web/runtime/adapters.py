@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from realm_web import env
 from realm_web.errors import DeviceError
 from realm_web.runtime.device import AdapterInfo, Device
+from realm_web.runtime.profiler import Tracer
 
 KINDS = ("auto", "webgpu", "cpu", "browser")
 PROBE_THREADS = 256
@@ -80,17 +81,25 @@ async def open_device(device: str = "auto") -> Device:
     if IN_PAGE:
         from realm_web.runtime import browser
 
-        return Device(await browser.open_backend(), disabled=disabled, reason="the page's navigator.gpu")
+        opened = Device(await browser.open_backend(), disabled=disabled, reason="the page's navigator.gpu")
+        return _traced(opened)
     info, reason = choose(device)
     if info.kind == "cpu":
         from realm_web.runtime import cpu
 
-        return Device(cpu.CPUBackend(), disabled=disabled, reason=reason)
+        return _traced(Device(cpu.CPUBackend(), disabled=disabled, reason=reason))
     from realm_web.runtime import webgpu
 
     opened = Device(await webgpu.open_backend(info), disabled=disabled, reason=reason)
     await _probe_subgroups(opened)
-    return opened
+    return _traced(opened)
+
+
+def _traced(device: Device) -> Device:
+    """With REALM_DEBUG=2, a device that writes what the kernels of every program take."""
+    if env.debug_level() >= 2 and "timestamps" in device.features:
+        device.trace = Tracer(device, lambda table: print(table, file=sys.stderr))
+    return device
 
 
 async def _probe_subgroups(device: Device) -> None:

@@ -34,7 +34,8 @@ NO_WEBGPU = (
 
 HELPERS = """
 (device, onResult) => {
-  const { STORAGE, COPY_SRC, COPY_DST, MAP_READ } = GPUBufferUsage;
+  const { STORAGE, COPY_SRC, COPY_DST, MAP_READ, QUERY_RESOLVE } = GPUBufferUsage;
+  const usage = STORAGE | COPY_SRC | COPY_DST | QUERY_RESOLVE;
   const staging = new Map();  // size -> unused mappable buffers
   const errors = [];  // of error scopes and of the device, reported at the next read
   device.addEventListener("uncapturederror", (event) => errors.push(event.error.message));
@@ -59,7 +60,7 @@ HELPERS = """
     errors,
     alloc(size, label) {
       device.pushErrorScope("out-of-memory");
-      const buffer = device.createBuffer({ size, label, usage: STORAGE | COPY_SRC | COPY_DST });
+      const buffer = device.createBuffer({ size, label, usage });
       device.popErrorScope().then((error) => error && errors.push(`no room for ${label}: ${error.message}`));
       return buffer;
     },
@@ -95,18 +96,25 @@ HELPERS = """
         binding, resource: { buffer, offset: offsets[binding], size: sizes[binding] },
       })),
     }),
-    record(kernels, groups, grids, source, offset, nbytes) {
+    record(kernels, groups, grids, source, offset, nbytes, times, timesOffset) {
       const n = groups.length;
       const pipelines = kernels.map((kernel) => kernel.pipeline);
+      const querySet = times && device.createQuerySet({ type: "timestamp", count: 2 * n });
+      const perPass = times ? 1 : n;  // steps of a compute pass: only a pass tells its times
       return () => {
         const encoder = device.createCommandEncoder();
-        const pass = encoder.beginComputePass();
-        for (let i = 0; i < n; i++) {
-          if (i === 0 || pipelines[i] !== pipelines[i - 1]) pass.setPipeline(pipelines[i]);
-          pass.setBindGroup(0, groups[i]);
-          pass.dispatchWorkgroups(grids[3 * i], grids[3 * i + 1], grids[3 * i + 2]);
+        for (let first = 0; first < n; first += perPass) {
+          const pass = encoder.beginComputePass(times ? { timestampWrites: {
+            querySet, beginningOfPassWriteIndex: 2 * first, endOfPassWriteIndex: 2 * first + 1,
+          } } : undefined);
+          for (let i = first; i < first + perPass; i++) {
+            if (i === first || pipelines[i] !== pipelines[i - 1]) pass.setPipeline(pipelines[i]);
+            pass.setBindGroup(0, groups[i]);
+            pass.dispatchWorkgroups(grids[3 * i], grids[3 * i + 1], grids[3 * i + 2]);
+          }
+          pass.end();
         }
-        pass.end();
+        if (times) encoder.resolveQuerySet(querySet, 0, 2 * n, times, timesOffset);
         if (nbytes) return readBack(encoder, source, offset, nbytes);
         device.queue.submit([encoder.finish()]);
         return null;
@@ -175,6 +183,8 @@ def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo
 
 
 class BrowserBackend:
+    tick = 1e-9  # but Chromium rounds to 100 us, unless started with --enable-webgpu-developer-features
+
     def __init__(self, device: Any, info: AdapterInfo):
         self.info, self._device = info, device
         self._callbacks: dict[int, Callable[[bytes | BaseException], None]] = {}
@@ -221,11 +231,14 @@ class BrowserBackend:
         offsets, sizes = to_js([view.offset for view in views]), to_js([view.nbytes for view in views])
         return self._js.bind(kernel.pipeline, buffers, offsets, sizes)
 
-    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+    def record(
+        self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
+    ) -> Replay:
         kernels = to_js([step.kernel.pipeline for step in steps])
         grids = to_js([n for step in steps for n in step.grid])
         source = (readback.buffer.handle, readback.offset, readback.nbytes) if readback else (None, 0, 0)
-        replay = self._js.record(kernels, to_js(list(bindings)), grids, *source)
+        target = (times.buffer.handle, times.offset) if times else (None, 0)
+        replay = self._js.record(kernels, to_js(list(bindings)), grids, *source, *target)
         if readback is None:
             return replay
         return lambda: Readback(self, replay())

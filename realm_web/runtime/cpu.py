@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ def info() -> AdapterInfo:
         kind="cpu",
         backend="numpy",
         adapter_type="CPU",
-        features=frozenset({"dense"}),
+        features=frozenset({"dense", "timestamps"}),
         limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4, _available_memory()),
     )
 
@@ -57,6 +58,8 @@ def _processor() -> str:
 
 
 class CPUBackend:
+    tick = 1e-9
+
     def __init__(self) -> None:
         self.info = info()
 
@@ -90,7 +93,10 @@ class CPUBackend:
     def bind(self, kernel: Kernel, views: Sequence[View]) -> list[np.ndarray]:
         return [view.buffer.handle[view.offset : view.offset + view.nbytes] for view in views]
 
-    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+    def record(
+        self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
+    ) -> Replay:
+        clock = times and times.buffer.handle[times.offset :][: 16 * len(steps)].view(np.uint64)
         calls = [
             (step.kernel.pipeline, step.kernel.consts, b) for step, b in zip(steps, bindings, strict=True)
         ]
@@ -98,8 +104,11 @@ class CPUBackend:
         def replay():
             # as on a GPU, weights that are no numbers give logits that are none, and the engine says so
             with np.errstate(over="ignore", invalid="ignore"):
-                for function, consts, arrays in calls:
+                for i, (function, consts, arrays) in enumerate(calls):
+                    began = time.perf_counter_ns()
                     function(consts, arrays)
+                    if clock is not None:
+                        clock[2 * i : 2 * i + 2] = began, time.perf_counter_ns()
             if readback is not None:
                 handle, start = readback.buffer.handle, readback.offset
                 return Ready(handle[start : start + readback.nbytes].tobytes())

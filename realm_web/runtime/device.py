@@ -105,6 +105,8 @@ class Step:
     views: tuple[View, ...]
     grid: tuple[int, int, int]
     label: str
+    nbytes: int = 0  # that it must read and write, and
+    flops: int = 0  # what it computes, for a person; 0: not known
 
 
 @dataclass(eq=False)
@@ -117,18 +119,29 @@ class Program:
     readback: View | None = None
     replay: Replay | None = None
 
-    def add(self, kernel: Kernel, views: Sequence[View], grid: Sequence[int], label: str = "") -> None:
+    def add(
+        self, kernel: Kernel, views: Sequence[View], grid: Sequence[int], label: str = "",
+        *, nbytes: int = 0, flops: int = 0,
+    ) -> None:  # fmt: skip
         if self.replay is not None:
             raise RuntimeError(f"program {self.label} is already recorded")
         x, y, z = (*grid, 1, 1)[:3]
         self.device.check_step(kernel, views, (x, y, z))
-        self.steps.append(Step(kernel, tuple(views), (x, y, z), label or kernel.name))
+        self.steps.append(Step(kernel, tuple(views), (x, y, z), label or kernel.name, nbytes, flops))
+
+
+class Trace(Protocol):
+    """Watches what runs."""
+
+    def run(self, program: Program) -> Readback | None:
+        """Enqueue the recorded program, by its own replay or by a timed one."""
 
 
 class Backend(Protocol):
     """Seven primitives. A backend keeps no cache and takes no decision."""
 
     info: AdapterInfo
+    tick: float  # seconds, of the feature "timestamps"
 
     def alloc(self, nbytes: int, label: str) -> Any:
         """Zeroed device memory. DeviceError when there is not enough (at the next await at the latest)."""
@@ -145,10 +158,13 @@ class Backend(Protocol):
 
     def bind(self, kernel: Kernel, views: Sequence[View]) -> Any: ...
 
-    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+    def record(
+        self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
+    ) -> Replay:
         """One callable that enqueues every step, and the copy of `readback` if there is one.
 
-        With a readback it returns those bytes as a `Readback`, under way when it is returned.
+        With a readback it returns those bytes as a `Readback`, under way when it is returned. With `times`,
+        every run leaves there when each step began and ended: u64 (n_steps, 2), in units of `tick`.
         """
 
     async def synchronize(self) -> None:
@@ -170,6 +186,7 @@ class Device:
             0  # buffers, kernels and bind groups made so far: constant while tokens are generated
         )
         self.allocated = 0  # bytes
+        self.trace: Trace | None = None  # runs programs in the place of their own replay
         self._kernels: dict[tuple, Kernel] = {}
         self._new: list[Kernel] = []
         self._bindings: dict[tuple, Any] = {}
@@ -251,8 +268,21 @@ class Device:
         replay = program.replay or self._record(program)
         result = None
         for _ in range(times):
-            result = replay()
+            result = replay() if self.trace is None else self.trace.run(program)
         return result
+
+    def record_timed(self, program: Program, times: View) -> Replay:
+        """A second recording of the program, that leaves each step's begin and end (see Backend.record)."""
+        if "timestamps" not in self.features:
+            raise DeviceError(f"{self.name} cannot write timestamps")
+        bindings = [self._binding(step) for step in program.steps]
+        return self.backend.record(program.steps, bindings, program.readback, times)
+
+    async def time_program(self, program: Program, runs: int = 16) -> list[float]:
+        """Seconds that each step of a program takes on the device, the mean of some runs of the whole."""
+        from realm_web.runtime import profiler
+
+        return await profiler.time_program(self, program, runs)
 
     async def synchronize(self) -> None:
         await self.backend.synchronize()

@@ -1,8 +1,7 @@
 """The wgpu-py backend: Vulkan, Metal and DX12 through wgpu-native.
 
-The replay loop and the readback call wgpu-native through wgpu-py's own cffi handle: the wrapped methods cost
-3.5 us a dispatch, the library itself about 1 us (wgpu 0.32). The first replay of every program goes through
-the checked functions, so that a validation error raises where it is made.
+What happens per token (`webgpu_replay.py`) calls wgpu-native through wgpu-py's own cffi handle: the wrapped
+methods cost 3.5 us a dispatch, the library itself about 1 us (wgpu 0.32).
 """
 
 from __future__ import annotations
@@ -20,8 +19,14 @@ from wgpu.backends.wgpu_native._ffi import ffi, lib
 
 from realm_web.errors import DeviceError
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
+from realm_web.runtime.webgpu_replay import Ahead, Queries, Recording, Staging
 
-STORAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
+STORAGE = (
+    wgpu.BufferUsage.STORAGE
+    | wgpu.BufferUsage.COPY_SRC
+    | wgpu.BufferUsage.COPY_DST
+    | wgpu.BufferUsage.QUERY_RESOLVE
+)
 STAGING = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
 FEATURES = {"subgroup": "subgroups", "shader-f16": "f16", "timestamp-query": "timestamps"}
 PREFERENCE = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
@@ -92,9 +97,12 @@ class WebGPUBackend:
             self.device = adapter.request_device_sync(required_features=features, required_limits={})
         except (RuntimeError, wgpu.GPUError) as error:
             raise DeviceError(f"{info.name} could not be opened: {error}") from error
-        self._device, self._queue = self.device._internal, self.device.queue._internal
-        self._staging: dict[int, list[Any]] = {}
-        self._wait_index = ffi.new("uint64_t *")
+        self.name, self.checked = info.name, libf
+        self.raw_device, self._queue = self.device._internal, self.device.queue._internal
+        self.tick = 1e-9 * lib.wgpuQueueGetTimestampPeriod(self._queue)
+        self._submitted = ffi.new("WGPUCommandBuffer[1]")
+        self._staging: dict[int, list[Staging]] = {}
+        self._ahead = Ahead()
         self._layouts: dict[tuple[str, ...], Any] = {}
 
     def alloc(self, nbytes: int, label: str) -> Any:
@@ -107,6 +115,7 @@ class WebGPUBackend:
             ) from error
 
     def free(self, handle: Any) -> None:
+        self._ahead.drop()  # which may use it
         handle.destroy()
 
     def write(self, handle: Any, data: Any, offset: int) -> None:
@@ -117,8 +126,8 @@ class WebGPUBackend:
         parts = []
         for start in range(offset, offset + nbytes, READ_CHUNK):
             size = min(READ_CHUNK, offset + nbytes - start)
-            encoder = libf.wgpuDeviceCreateCommandEncoder(self._device, ffi.NULL)
-            parts.append(await self._submit_copy(encoder, handle._internal, start, size, libf))
+            copy = Recording(self, self._ahead, (), (handle,), (handle._internal, start, size))
+            parts.append(await copy())
         return b"".join(parts)
 
     async def compile(self, kernels: Sequence[Kernel], on_done: Callable[[], None]) -> None:
@@ -138,45 +147,28 @@ class WebGPUBackend:
         ]
         return self.device.create_bind_group(layout=self._layout(kernel.source.access), entries=entries)
 
-    def record(self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None) -> Replay:
+    def record(
+        self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
+    ) -> Replay:
         calls, previous = [], None
         for step, binding in zip(steps, bindings, strict=True):
             pipeline = step.kernel.pipeline._internal
             calls.append((None if pipeline == previous else pipeline, binding._internal, *step.grid))
             previous = pipeline
-        keep = tuple(bindings)  # the calls hold raw handles only
-        checked = False
-
-        def replay():
-            nonlocal checked
-            api = lib if checked else libf
-            encoder = api.wgpuDeviceCreateCommandEncoder(self._device, ffi.NULL)
-            compute = api.wgpuCommandEncoderBeginComputePass(encoder, ffi.NULL)
-            set_pipeline = api.wgpuComputePassEncoderSetPipeline
-            set_bindings = api.wgpuComputePassEncoderSetBindGroup
-            dispatch = api.wgpuComputePassEncoderDispatchWorkgroups
-            null = ffi.NULL
-            for pipeline, binding, x, y, z in calls:
-                if pipeline is not None:
-                    set_pipeline(compute, pipeline)
-                set_bindings(compute, 0, binding, 0, null)
-                dispatch(compute, x, y, z)
-            api.wgpuComputePassEncoderEnd(compute)
-            api.wgpuComputePassEncoderRelease(compute)
-            checked = bool(keep) or not calls
-            if readback is None:
-                self._finish(encoder, api)
-                return None
-            return self._submit_copy(
-                encoder, readback.buffer.handle._internal, readback.offset, readback.nbytes, api
-            )
-
-        return replay
+        source = queries = None
+        if readback is not None:
+            source = readback.buffer.handle._internal, readback.offset, readback.nbytes
+        if times is not None:
+            queries = Queries(self.raw_device, len(calls), times.buffer.handle._internal, times.offset, libf)
+        keep = [view.buffer.handle for view in (readback, times) if view is not None]
+        keep += [*bindings, *(step.kernel.pipeline for step in steps)]
+        return Recording(self, self._ahead, calls, keep, source, queries)
 
     async def synchronize(self) -> None:
-        lib.wgpuDevicePoll(self._device, True, ffi.NULL)
+        lib.wgpuDevicePoll(self.raw_device, True, ffi.NULL)
 
     def close(self) -> None:
+        self._ahead.close()
         self.device.destroy()
 
     def _layout(self, access: tuple[str, ...]) -> Any:
@@ -217,84 +209,19 @@ class WebGPUBackend:
         source.code.data, source.code.length = text, len(code)
         descriptor = ffi.new("WGPUShaderModuleDescriptor *")
         descriptor.nextInChain = ffi.cast("WGPUChainedStruct *", source)
-        raw = libf.wgpuDeviceCreateShaderModuleTrusted(self._device, descriptor, BOUNDS_CHECKS)
+        raw = libf.wgpuDeviceCreateShaderModuleTrusted(self.raw_device, descriptor, BOUNDS_CHECKS)
         return GPUShaderModule(kernel.name, raw, self.device)
 
-    def _finish(self, encoder: Any, api: Any) -> int:
-        commands = api.wgpuCommandEncoderFinish(encoder, ffi.NULL)
-        index = api.wgpuQueueSubmitForIndex(self._queue, 1, ffi.new("WGPUCommandBuffer[1]", [commands]))
-        api.wgpuCommandBufferRelease(commands)
-        api.wgpuCommandEncoderRelease(encoder)
+    def submit(self, commands: Any) -> int:
+        """Enqueue and release a command buffer; the number of the submission."""
+        self._submitted[0] = commands
+        index = lib.wgpuQueueSubmitForIndex(self._queue, 1, self._submitted)
+        lib.wgpuCommandBufferRelease(commands)
         return index
 
-    def _submit_copy(self, encoder: Any, source: Any, offset: int, nbytes: int, api: Any) -> Readback:
+    def staging(self, nbytes: int) -> Staging:
         size = max(256, 1 << (nbytes - 1).bit_length())
         pool = self._staging.setdefault(size, [])
-        staging = pool.pop() if pool else Staging(self.device.create_buffer(size=size, usage=STAGING))
-        api.wgpuCommandEncoderCopyBufferToBuffer(encoder, source, offset, staging.raw, 0, nbytes)
-        index = self._finish(encoder, api)
-        staging.start_mapping(size)
-        return Readback(self, staging, index, nbytes, pool)
-
-
-@ffi.callback("void(WGPUMapAsyncStatus, WGPUStringView, void *, void *)")
-def _mapped(status, message, userdata, _):
-    flag = ffi.cast("int32_t *", userdata)
-    flag[0] = 1 if status == lib.WGPUMapAsyncStatus_Success else -1
-
-
-class Staging:
-    """A mappable buffer, used again and again. `flag` becomes 1 when mapped, -1 on failure."""
-
-    def __init__(self, buffer: Any):
-        self.buffer, self.raw = buffer, buffer._internal
-        self.flag = ffi.new("int32_t *")
-        self.callback = ffi.new("WGPUBufferMapCallbackInfo *")
-        self.callback.mode = lib.WGPUCallbackMode_AllowProcessEvents
-        self.callback.callback = _mapped
-        self.callback.userdata1 = self.flag
-
-    def start_mapping(self, nbytes: int) -> None:
-        self.flag[0] = 0
-        lib.wgpuBufferMapAsync(self.raw, lib.WGPUMapMode_Read, 0, nbytes, self.callback[0])
-
-    def take(self, nbytes: int) -> bytes:
-        data = bytes(ffi.buffer(lib.wgpuBufferGetConstMappedRange(self.raw, 0, nbytes), nbytes))
-        lib.wgpuBufferUnmap(self.raw)
-        return data
-
-
-class Readback:
-    """The bytes of a copy already enqueued. Awaiting it blocks in the driver until its submission is done."""
-
-    __slots__ = ("_backend", "_index", "_nbytes", "_pool", "_staging")
-
-    def __init__(self, backend: WebGPUBackend, staging: Staging, index: int, nbytes: int, pool: list):
-        self._backend, self._staging, self._index = backend, staging, index
-        self._nbytes, self._pool = nbytes, pool
-
-    def __await__(self):
-        yield from asyncio.sleep(0).__await__()  # let others run before the thread blocks
-        return self._wait()
-
-    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        asyncio.get_running_loop().call_soon(self._pass_on, callback)
-
-    def _pass_on(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        try:
-            data = self._wait()
-        except DeviceError as error:
-            callback(error)
-        else:
-            callback(data)
-
-    def _wait(self) -> bytes:
-        flag, backend = self._staging.flag, self._backend
-        backend._wait_index[0] = self._index
-        while not flag[0]:
-            lib.wgpuDevicePoll(backend._device, True, backend._wait_index)
-        if flag[0] < 0:
-            raise DeviceError(f"{backend.info.name} stopped answering (its memory could not be read back)")
-        data = self._staging.take(self._nbytes)
-        self._pool.append(self._staging)
-        return data
+        return (
+            pool.pop() if pool else Staging(self.device.create_buffer(size=size, usage=STAGING), size, pool)
+        )

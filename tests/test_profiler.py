@@ -1,0 +1,138 @@
+"""Times of kernels on every device, and programs encoded ahead: what runs is the same."""
+
+import asyncio
+import importlib.util
+
+import pytest
+from tiny import write_tiny
+
+from realm_web.engine import Engine
+from realm_web.errors import DeviceError
+from realm_web.runtime import profiler
+from realm_web.runtime.adapters import open_device
+from realm_web.sampler import SamplingParams
+
+DEVICES = ["cpu", "webgpu"]
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", context=512, seed=3).path
+
+
+async def tokens(engine: Engine, n: int) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
+    return [token async for chunk in engine.generate([3, 1, 4], params) for token in chunk.token_ids]
+
+
+def run(tiny_path, device, work):
+    async def main():
+        engine = await Engine.open(tiny_path, device=device, max_seqs=2)
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_step_of_a_program_is_timed(tiny_path, device):
+    async def work(engine):
+        await tokens(engine, 4)
+        program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
+        return program, await engine.device.time_program(program, runs=3)
+
+    program, seconds = run(tiny_path, device, work)
+    assert len(seconds) == len(program.steps)
+    assert all(0 <= s < 1 for s in seconds) and sum(seconds) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("timestamps", [True, False])
+def test_a_profile_counts_every_step_once(tiny_path, device, timestamps):
+    async def work(engine):
+        await tokens(engine, 4)
+        if not timestamps:
+            engine.device.features -= {"timestamps"}
+        program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
+        return program, await profiler.profile(engine.device, program, runs=2)
+
+    program, times = run(tiny_path, device, work)
+    assert sum(kind.count for kind in times) == len(program.steps)
+    assert any("blk.*." in kind.label for kind in times)
+    table = profiler.lines("decode", times)
+    assert len(table) == len(times) + 2 and len({len(line) for line in table}) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_trace_writes_a_table_and_leaves_the_answer_as_it_is(tiny_path, device, monkeypatch, capsys):
+    n = profiler.WARM_UP + profiler.TIMED_RUNS + 8
+    plain = run(tiny_path, device, lambda engine: tokens(engine, n))
+    monkeypatch.setenv("REALM_DEBUG", "2")
+    assert run(tiny_path, device, lambda engine: tokens(engine, n)) == plain
+    written = capsys.readouterr().err
+    assert "us each" in written and "sum" in written and "blk.*.ffn_down" in written
+
+
+def test_a_device_without_timestamps_says_so(tiny_path):
+    async def main():
+        device = await open_device("cpu")
+        device.features -= {"timestamps"}
+        await device.time_program(device.program("nothing"))
+
+    with pytest.raises(DeviceError, match="cannot write timestamps"):
+        asyncio.run(main())
+
+
+def test_a_program_of_too_many_steps_is_not_timed():
+    async def main():
+        device = await open_device("cpu")
+        program = device.program("long")
+        program.steps = [None] * (profiler.MAX_TIMED + 1)
+        await device.time_program(program)
+
+    with pytest.raises(DeviceError, match="2049 steps, 2048 can be timed"):
+        asyncio.run(main())
+
+
+needs_wgpu = pytest.mark.skipif(not importlib.util.find_spec("wgpu"), reason="wgpu is not installed")
+
+
+@needs_wgpu
+def test_command_buffers_are_encoded_ahead_for_what_runs_again_and_dropped_in_the_end(tiny_path):
+    from realm_web.runtime.webgpu_replay import AHEAD
+
+    async def work(engine):
+        first = await tokens(engine, 24)
+        assert await tokens(engine, 24) == first
+        decode = next(
+            p.replay for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay
+        )
+        prompt = next(
+            p.replay for bucket, p in engine.runner._programs.items() if bucket.n_rows > 1 and p.replay
+        )
+        assert decode.n_ordered == AHEAD and prompt.n_ordered == 0
+        return engine.device.backend._ahead, decode
+
+    ahead, decode = run(tiny_path, "webgpu", work)
+    assert decode.n_ordered == 0 and decode.ready.empty() and ahead._threads == []
+
+
+@needs_wgpu
+def test_the_stock_of_the_least_recently_used_program_is_dropped(tiny_path):
+    from realm_web.runtime.webgpu_replay import AHEAD, HOT
+
+    async def work(engine):
+        device = engine.device
+        buffer = device.alloc(256, "probe")
+        replays = []
+        for i in range(HOT + 1):
+            program = device.program(f"copy {i}")
+            program.readback = device.view(buffer)
+            for _ in range(3):
+                await device.submit(program)
+            replays.append(program.replay)
+        return [replay.n_ordered for replay in replays]
+
+    assert run(tiny_path, "webgpu", work) == [0] + [AHEAD] * HOT

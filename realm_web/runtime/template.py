@@ -3,8 +3,9 @@
 A kernel is `shaders/<name>.wgsl`. Inside a template
 - `{{ bind("x", "vec4<f32>") }}` declares the next storage binding (read-only unless `access="read_write"`);
   the order of these calls is the order of the tensors given to `Program.add`;
-- `{{ weight("w", "Q4_K") }}` includes the decode snippet `shaders/quant/q4_k.wgsl`, which declares the
-  bindings of one packed weight and a function `w_decode(chunk) -> array<vec4<f32>, 8>`;
+- `{{ weight("w", "Q4_K") }}` includes the snippet `shaders/quant/q4_k.wgsl`, which declares the bindings of
+  one packed weight, and a function `w_decode(chunk) -> array<vec4<f32>, 8>`;
+- `{{ weight_ints("w", "Q4_K") }}` does so for products with activations of 8 bits (`lib/ints.wgsl`);
 - `codebook_words("iq4")` are the four words of a codebook of `grids.py`;
 - lines that begin with `#` are jinja2 statements.
 
@@ -59,6 +60,7 @@ def render(name: str, consts: dict[str, object]) -> Source:
     """Render `shaders/<name>.wgsl`. Raises DeviceError naming the template line for a mistake in it."""
     environment = _environment()
     access: list[str] = []
+    ints = environment.get_template("lib/ints.wgsl").module
 
     def bind(variable: str, element: str, access_mode: str = "read", *, array: bool = True) -> str:
         access.append(access_mode)
@@ -67,14 +69,22 @@ def render(name: str, consts: dict[str, object]) -> Source:
         return f"@group(0) @binding({index}) var<storage, {access_mode}> {variable}: {kind};"
 
     def weight(variable: str, fmt: str) -> str:
-        return environment.get_template(f"quant/{fmt.lower()}.wgsl").module.decode(variable, bind)
+        own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
+        if not hasattr(own, "ints"):
+            return own.decode(variable, bind)
+        return weight_ints(variable, fmt) + ints.decode(variable, own.offset, own.minimum)
+
+    def weight_ints(variable: str, fmt: str) -> str:
+        own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
+        parts = ints.types(), own.ints(variable, bind), ints.product(own.offset, own.halves, own.minimum)
+        return "\n".join(parts)
 
     def repack(fmt: str) -> str:
         return environment.get_template(f"quant/{fmt.lower()}.wgsl").module.repack(bind)
 
     try:
         code = environment.get_template(f"{name}.wgsl").render(
-            **consts, bind=bind, weight=weight, repack=repack
+            **consts, bind=bind, weight=weight, weight_ints=weight_ints, repack=repack
         )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)

@@ -2,26 +2,37 @@
    sign of delta; then 4 halves of 4 scales (3 bits, for 16 weights each) and a nibble of the f16 d; t the grid.
    weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, true, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
+{{ grid.shifted(w) }}
+
+struct {{ w }}_Raw {
+  q: u32,
+  h: u32,
+  a: u32,
+  b: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
   let at = (c >> 3u) * 6u;
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at + ((c & 7u) >> 1u)], {{ w }}_s[at + 4u], {{ w }}_s[at + 5u]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let j = c & 7u;
-  let h = {{ w }}_s[at + (j >> 1u)] >> (16u * (j & 1u));
-  let a = {{ w }}_s[at + 4u];
-  let b = {{ w }}_s[at + 5u];
-  let bits = ((a >> 12u) & 0xfu) | ((a >> 24u) & 0xf0u) | ((b >> 4u) & 0xf00u) | ((b >> 16u) & 0xf000u);
-  let scales = select(b, a, j < 4u) >> (16u * ((j >> 1u) & 1u) + 6u * (j & 1u));
+  let h = raw.h >> (16u * (j & 1u));
+  let bits = ((raw.a >> 12u) & 0xfu) | ((raw.a >> 24u) & 0xf0u) | ((raw.b >> 4u) & 0xf00u) | ((raw.b >> 16u) & 0xf000u);
+  let scales = select(raw.b, raw.a, j < 4u) >> (16u * ((j >> 1u) & 1u) + 6u * (j & 1u));
   let scale = unpack2x16float(bits).x * vec2<f32>(2u * (vec2<u32>(scales, scales >> 3u) & vec2<u32>(7u)) + 1u);
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[((q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 4 * g }}u) & 7u) << 8u)];
-  let d{{ g }} = select(0.125, -0.125, ((h >> {{ 4 * g + 3 }}u) & 1u) != 0u);
+  let t{{ g }} = {{ w }}_t[((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 4 * g }}u) & 7u) << 8u)];
+  let n{{ g }} = ((h >> {{ 4 * g + 3 }}u) & 1u) != 0u;
   # endfor
-{{ grid.rows_of_iq1(("scale.x", "scale.y")) }}
+  return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, 0.125 * scale, vec2<f32>());
 }
 # endmacro
 

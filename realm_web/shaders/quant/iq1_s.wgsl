@@ -1,22 +1,32 @@
 {# IQ1_S: q per chunk: low 8 bits of 4 row indices; s, 5 words per 256-block: f16 d, then a half per chunk: 4 times 3 high
    bits of the indices, 3 bits scale, sign of delta; t the grid. weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let at = (c >> 3u) * 5u;
-  let h = {{ w }}_s[at + 1u + ((c & 7u) >> 1u)] >> (16u * (c & 1u));
-  let scale = unpack2x16float({{ w }}_s[at]).x * f32(2u * ((h >> 12u) & 7u) + 1u);
-  let delta = select(0.125, -0.125, (h & 0x8000u) != 0u);
+{{ grid.shifted(w) }}
+
+struct {{ w }}_Raw {
+  q: u32,
+  d: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let h = raw.s >> (16u * (c & 1u));
+  let scale = unpack2x16float(raw.d).x * f32(2u * ((h >> 12u) & 7u) + 1u);
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[((q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u)];
-  let d{{ g }} = delta;
+  let t{{ g }} = {{ w }}_t[((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u)];
+  let n{{ g }} = (h & 0x8000u) != 0u;
   # endfor
-{{ grid.rows_of_iq1(("scale", "scale")) }}
+  return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, vec2<f32>(0.125 * scale), vec2<f32>());
 }
 # endmacro
 

@@ -1,23 +1,32 @@
 {# IQ2_S: q per chunk: x: low 8 bits of 4 row indices; y: 32 signs; s, 5 words per 256-block: f16 d, then a half per
    chunk: 4 times 2 high bits of the indices, scales as IQ2_XS; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, true, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
 {{ grid.signed(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let at = (c >> 3u) * 5u;
-  let h = {{ w }}_s[at + 1u + ((c & 7u) >> 1u)] >> (16u * (c & 1u));
-  let d = unpack2x16float({{ w }}_s[at]).x * (0.5 + vec2<f32>(vec2<u32>(h >> 8u, h >> 12u) & vec2<u32>(15u))) * 0.25;
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  d: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let h = raw.s >> (16u * (c & 1u));
+  let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(h >> 8u, h >> 12u) & vec2<u32>(15u))) * 0.25;
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[((q.x >> {{ 8 * g }}u) & 255u) | (((h >> {{ 2 * g }}u) & 3u) << 8u)];
-  let s{{ g }} = q.y >> {{ 8 * g }}u;
+  let t{{ g }} = {{ w }}_t[((raw.q.x >> {{ 8 * g }}u) & 255u) | (((h >> {{ 2 * g }}u) & 3u) << 8u)];
+  let s{{ g }} = raw.q.y >> {{ 8 * g }}u;
   # endfor
-{{ grid.rows_of_8(w, ("d.x", "d.y")) }}
+  return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, d, vec2<f32>());
 }
 # endmacro
 

@@ -1,7 +1,8 @@
 {# IQ2_XXS: q per chunk: x: 4 row indices of 8 bits; y: 4 times 7 signs, 4 bits scale; s the f16 d of a 256-block; t the
    grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
@@ -9,14 +10,22 @@
 {{ grid.signed(w) }}
 {{ grid.even(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let d = unpack2x16float({{ w }}_s[c >> 3u]).x * (0.5 + f32(q.y >> 28u)) * 0.25;
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c >> 3u]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let d = unpack2x16float(raw.s).x * (0.5 + f32(raw.q.y >> 28u)) * 0.25;
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[(q.x >> {{ 8 * g }}u) & 255u];
-  let s{{ g }} = {{ w }}_even((q.y >> {{ 7 * g }}u) & 127u);
+  let t{{ g }} = {{ w }}_t[(raw.q.x >> {{ 8 * g }}u) & 255u];
+  let s{{ g }} = {{ w }}_even((raw.q.y >> {{ 7 * g }}u) & 127u);
   # endfor
-{{ grid.rows_of_8(w, ("d", "d")) }}
+  return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, vec2<f32>(d), vec2<f32>());
 }
 # endmacro
 

@@ -1,28 +1,38 @@
 {# IQ3_S: q per chunk: low 8 bits of 8 row indices; s, 12 words per 256-block: f16 d; a nibble per chunk: scale; a byte
    per chunk: high bits of the indices; a word per chunk: signs; t the grid. weight = d * (2 * scale + 1) * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
 {{ grid.signed(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  d: u32,
+  scales: u32,
+  high: u32,
+  signs: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
   let at = (c >> 3u) * 12u;
-  let j = c & 7u;
-  let scale = ({{ w }}_s[at + 1u] >> (4u * j)) & 15u;
-  let d = unpack2x16float({{ w }}_s[at]).x * f32(2u * scale + 1u);
-  let high = {{ w }}_s[at + 2u + (j >> 2u)] >> (8u * (j & 3u));
-  let signs = {{ w }}_s[at + 4u + j];
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at], {{ w }}_s[at + 1u], {{ w }}_s[at + 2u + ((c & 7u) >> 2u)], {{ w }}_s[at + 4u + (c & 7u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let scale = (raw.scales >> (4u * (c & 7u))) & 15u;
+  let d = unpack2x16float(raw.d).x * f32(2u * scale + 1u);
+  let high = raw.high >> (8u * (c & 3u));
   # for g in range(8)
-  let t{{ g }} = {{ w }}_t[((q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
+  let t{{ g }} = {{ w }}_t[((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
   # endfor
   # for g in range(4)
-  let s{{ g }} = signs >> {{ 8 * g }}u;
+  let s{{ g }} = raw.signs >> {{ 8 * g }}u;
   # endfor
-{{ grid.rows_of_4(w, "d") }}
+  return Ints({{ grid.rows_of_4(w, 0) }}, {{ grid.rows_of_4(w, 4) }}, vec2<f32>(d), vec2<f32>());
 }
 # endmacro
 

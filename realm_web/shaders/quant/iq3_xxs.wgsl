@@ -1,7 +1,8 @@
 {# IQ3_XXS: q per chunk: 8 row indices of 8 bits; s, 9 words per 256-block: f16 d, then a word per chunk: 4 times 7 signs,
    4 bits scale; t the grid. weight = d * (scale + 1/2) / 2 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
@@ -9,18 +10,26 @@
 {{ grid.signed(w) }}
 {{ grid.even(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  d: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
   let at = (c >> 3u) * 9u;
-  let a = {{ w }}_s[at + 1u + (c & 7u)];
-  let d = unpack2x16float({{ w }}_s[at]).x * (0.5 + f32(a >> 28u)) * 0.5;
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at], {{ w }}_s[at + 1u + (c & 7u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let d = unpack2x16float(raw.d).x * (0.5 + f32(raw.s >> 28u)) * 0.5;
   # for g in range(8)
-  let t{{ g }} = {{ w }}_t[(q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u];
+  let t{{ g }} = {{ w }}_t[(raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u];
   # endfor
   # for g in range(4)
-  let s{{ g }} = {{ w }}_even((a >> {{ 7 * g }}u) & 127u);
+  let s{{ g }} = {{ w }}_even((raw.s >> {{ 7 * g }}u) & 127u);
   # endfor
-{{ grid.rows_of_4(w, "d") }}
+  return Ints({{ grid.rows_of_4(w, 0) }}, {{ grid.rows_of_4(w, 4) }}, vec2<f32>(d), vec2<f32>());
 }
 # endmacro
 

@@ -1,15 +1,25 @@
 {# IQ4_NL: q and s as Q4_0, a nibble is an index into a codebook: weight = d * codebook[nibble]. #}
 # import "quant/lib_codebook.wgsl" as codebook
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
 {{ codebook.lookup(w, "iq4") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let d = unpack2x16float({{ w }}_s[c]).x;
-{{ codebook.chunk(w, "q", ("d", "d")) }}
+struct {{ w }}_Raw {
+  q: vec4<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = {{ w }}_lookup(raw.q & vec4<u32>(0x0f0f0f0fu));
+  let high = {{ w }}_lookup((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu));
+  return Ints(low, high, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
 }
 # endmacro
 

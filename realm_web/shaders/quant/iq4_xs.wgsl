@@ -1,19 +1,28 @@
 {# IQ4_XS: h is the raw 8-byte header of a 256-block: f16 d, high pairs of the scales of 8 chunks, their low nibbles; q
    holds nibbles, indices into a codebook. weight = d * (scale - 32) * codebook[nibble]. #}
 # import "quant/lib_codebook.wgsl" as codebook
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_h", "vec2<u32>") }}
 {{ bind(w ~ "_q", "vec4<u32>") }}
 
 {{ codebook.lookup(w, "iq4") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let h = {{ w }}_h[c >> 3u];
+struct {{ w }}_Raw {
+  h: vec2<u32>,
+  q: vec4<u32>,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_h[c >> 3u], {{ w }}_q[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = {{ w }}_lookup(raw.q & vec4<u32>(0x0f0f0f0fu));
+  let high = {{ w }}_lookup((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu));
   let j = c & 7u;
-  let scale = ((h.y >> (4u * j)) & 15u) | (((h.x >> (16u + 2u * j)) & 3u) << 4u);
-  let d = unpack2x16float(h.x).x * (f32(scale) - 32.0);
-{{ codebook.chunk(w, "q", ("d", "d")) }}
+  let scale = ((raw.h.y >> (4u * j)) & 15u) | (((raw.h.x >> (16u + 2u * j)) & 3u) << 4u);
+  return Ints(low, high, vec2<f32>(unpack2x16float(raw.h.x).x * (f32(scale) - 32.0)), vec2<f32>());
 }
 # endmacro
 

@@ -1,21 +1,16 @@
-{# Four weights of a codebook of 16 signed bytes (`grids.CODEBOOKS`), for four codes below 16. #}
+{# Bytes of a codebook of 16 signed bytes (`grids.CODEBOOKS`) for four codes below 16 in each word. #}
 # macro lookup(w, name)
 # set words = codebook_words(name)
-fn {{ w }}_lookup(code: vec4<u32>) -> vec4<f32> {
+fn {{ w }}_entry(code: vec4<u32>) -> vec4<u32> {
   let odd = (code & vec4<u32>(4u)) != vec4<u32>(0u);
   let low = select(vec4<u32>({{ words[0] }}u), vec4<u32>({{ words[1] }}u), odd);
   let high = select(vec4<u32>({{ words[2] }}u), vec4<u32>({{ words[3] }}u), odd);
-  let word = select(low, high, code >= vec4<u32>(8u));
-  let top = word << (vec4<u32>(24u) - ((code & vec4<u32>(3u)) << vec4<u32>(3u)));
-  return vec4<f32>(bitcast<vec4<i32>>(top) >> vec4<u32>(24u));
+  let word = select(low, high, (code & vec4<u32>(8u)) != vec4<u32>(0u));
+  return (word >> ((code & vec4<u32>(3u)) << vec4<u32>(3u))) & vec4<u32>(255u);
 }
-# endmacro
 
-{# The eight vectors of a chunk of nibbles q, times `scales[0]` and, for its second half, `scales[1]`. #}
-# macro chunk(w, q, scales)
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    {{ scales[i // 4] }} * {{ w }}_lookup(unpack4xU8(({{ q }}.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu)){{ "," if not loop.last }}
-  # endfor
-  );
+fn {{ w }}_lookup(codes: vec4<u32>) -> vec4<u32> {
+  return {{ w }}_entry(codes) | ({{ w }}_entry(codes >> vec4<u32>(8u)) << vec4<u32>(8u))
+    | ({{ w }}_entry(codes >> vec4<u32>(16u)) << vec4<u32>(16u)) | ({{ w }}_entry(codes >> vec4<u32>(24u)) << vec4<u32>(24u));
+}
 # endmacro

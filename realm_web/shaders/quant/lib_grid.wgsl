@@ -1,10 +1,10 @@
-{# What the formats with a grid share. #}
+{# What the formats with a grid share: rows of magnitudes t0, t1, ..., a byte each, to signed bytes of half a chunk. #}
 
-{# v with the signs of bits 0 to 3 of s (1: negative). #}
+{# Four magnitudes, not 0, with the signs of bits 0 to 3 of s (1: negative): complement and add one, byte by byte. #}
 # macro signed(w)
-fn {{ w }}_signed(v: vec4<f32>, s: u32) -> vec4<f32> {
-  let top = (vec4<u32>(s) << vec4<u32>(31u, 30u, 29u, 28u)) & vec4<u32>(0x80000000u);
-  return bitcast<vec4<f32>>(bitcast<vec4<u32>>(v) ^ top);
+fn {{ w }}_signed(v: u32, s: u32) -> u32 {
+  let negative = ((s & 15u) * 0x00204081u) & 0x01010101u;
+  return (v ^ (negative * 255u)) + negative;
 }
 # endmacro
 
@@ -15,29 +15,26 @@ fn {{ w }}_even(seven: u32) -> u32 {
 }
 # endmacro
 
-{# Rows of 8 magnitudes: t0 to t3 times scales[0 or 1], with the sign bytes s0 to s3. #}
-# macro rows_of_8(w, scales)
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    {{ w }}_signed({{ scales[i // 4] }} * vec4<f32>(unpack4xU8(t{{ i // 2 }}.{{ "xy"[i % 2] }})), s{{ i // 2 }} >> {{ 4 * (i % 2) }}u){{ "," if not loop.last }}
-  # endfor
-  );
+{# Rows of 8 from t<first> on, with the sign bytes s<first> on. #}
+# macro rows_of_8(w, first)
+vec4<u32>({% for g in (first, first + 1) %}{% for i in (0, 1) %}{{ w }}_signed(t{{ g }}.{{ "xy"[i] }}, s{{ g }} >> {{ 4 * i }}u){{ ", " if not (loop.last and g > first) }}{% endfor %}{% endfor %})
 # endmacro
 
-{# Rows of 4 magnitudes: t0 to t7 times d, with the sign bytes s0 to s3. #}
-# macro rows_of_4(w, d)
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    {{ w }}_signed({{ d }} * vec4<f32>(unpack4xU8(t{{ i }})), s{{ i // 2 }} >> {{ 4 * (i % 2) }}u){{ "," if not loop.last }}
-  # endfor
-  );
+{# Rows of 4 from t<first> on, with the sign bytes s<first / 2> on. #}
+# macro rows_of_4(w, first)
+vec4<u32>({% for g in range(first, first + 4) %}{{ w }}_signed(t{{ g }}, s{{ g // 2 }} >> {{ 4 * (g % 2) }}u){{ ", " if not loop.last }}{% endfor %})
 # endmacro
 
-{# Rows of 8 of -1, 0, 1: (t0 to t3 + d0 to d3) * scales[0 or 1]. #}
-# macro rows_of_iq1(scales)
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    {{ scales[i // 4] }} * (vec4<f32>(unpack4xI8(t{{ i // 2 }}.{{ "xy"[i % 2] }})) + d{{ i // 2 }}){{ "," if not loop.last }}
-  # endfor
-  );
+{# Four values of -1, 0, 1 to 8 times themselves plus 1, or minus 1. #}
+# macro shifted(w)
+fn {{ w }}_shifted(v: u32, less: bool) -> u32 {
+  let eight = (v & 0x1f1f1f1fu) << 3u;
+  let below = ((eight | 0x80808080u) - 0x01010101u) ^ (~eight & 0x80808080u);
+  return select(eight | 0x01010101u, below, less);
+}
+# endmacro
+
+{# Rows of 8 from t<first> on, shifted down where n<first> and on say so. #}
+# macro rows_of_iq1(w, first)
+vec4<u32>({% for g in (first, first + 1) %}{% for i in (0, 1) %}{{ w }}_shifted(t{{ g }}.{{ "xy"[i] }}, n{{ g }}){{ ", " if not (loop.last and g > first) }}{% endfor %}{% endfor %})
 # endmacro

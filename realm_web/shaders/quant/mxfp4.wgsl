@@ -1,15 +1,25 @@
 {# MXFP4: q holds nibbles, indices into a codebook of doubled values, s the halved scale as f32. #}
 # import "quant/lib_codebook.wgsl" as codebook
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
 {{ codebook.lookup(w, "fp4") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let d = bitcast<f32>({{ w }}_s[c]);
-{{ codebook.chunk(w, "q", ("d", "d")) }}
+struct {{ w }}_Raw {
+  q: vec4<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = {{ w }}_lookup(raw.q & vec4<u32>(0x0f0f0f0fu));
+  let high = {{ w }}_lookup((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu));
+  return Ints(low, high, vec2<f32>(bitcast<f32>(raw.s)), vec2<f32>());
 }
 # endmacro
 

@@ -1,16 +1,21 @@
 {# Q1_0: q holds lanes (byte b: weight 4i + b at bit i), s the f16 d of a 128-block: weight = bit ? d : -d. #}
-# macro decode(w, bind)
+# import "quant/lib_bits.wgsl" as bits
+# set offset, halves, minimum = 1, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let d = unpack2x16float({{ w }}_s[c >> 2u]).x;
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    d * (2.0 * vec4<f32>(unpack4xU8((q >> {{ i }}u) & 0x01010101u)) - 1.0){{ "," if not loop.last }}
-  # endfor
-  );
+struct {{ w }}_Raw {
+  q: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c >> 2u]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  return Ints({{ bits.at("raw.q", 0, 1) }}, {{ bits.at("raw.q", 4, 1) }}, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
 }
 # endmacro
 

@@ -1,22 +1,27 @@
 {# Q2_K: q holds crumbs; s, 5 words per 256-block: f16 d and dmin, then a byte for 16 weights: scale low, minimum
    high nibble. weight = d * scale * code - dmin * minimum. #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, true, "halves"
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let at = (c >> 3u) * 5u;
-  let dm = unpack2x16float({{ w }}_s[at]);
-  let s = {{ w }}_s[at + 1u + ((c & 7u) >> 1u)] >> (16u * (c & 1u));
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  d: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let dm = unpack2x16float(raw.d);
+  let s = raw.s >> (16u * (c & 1u));
   let scale = dm.x * vec2<f32>(vec2<u32>(s, s >> 8u) & vec2<u32>(15u));
   let minimum = dm.y * vec2<f32>(vec2<u32>(s >> 4u, s >> 12u) & vec2<u32>(15u));
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    scale.{{ "xy"[i // 4] }} * vec4<f32>(unpack4xU8({{ crumb.four("q", i) }})) - minimum.{{ "xy"[i // 4] }}{{ "," if not loop.last }}
-  # endfor
-  );
+  return Ints({{ crumb.sixteen("raw.q", 0) }}, {{ crumb.sixteen("raw.q", 1) }}, scale, minimum);
 }
 # endmacro
 

@@ -1,23 +1,30 @@
 {# Q3_K: q holds crumbs (low two bits), b lanes (third bit); s, 5 words per 256-block: f16 d, then a byte for 16
    weights: scale + 32. weight = d * scale * (code - 4). #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# macro decode(w, bind)
+# import "quant/lib_bits.wgsl" as bits
+# set offset, halves, minimum = 4, true, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_b", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let b = {{ w }}_b[c];
-  let at = (c >> 3u) * 5u;
-  let d = unpack2x16float({{ w }}_s[at]).x;
-  let s = {{ w }}_s[at + 1u + ((c & 7u) >> 1u)] >> (16u * (c & 1u));
-  let scale = d * (vec2<f32>(vec2<u32>(s, s >> 8u) & vec2<u32>(255u)) - 32.0);
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    scale.{{ "xy"[i // 4] }} * (vec4<f32>(unpack4xU8({{ crumb.four("q", i) }} | (((b >> {{ i }}u) & 0x01010101u) << 2u))) - 4.0){{ "," if not loop.last }}
-  # endfor
-  );
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  b: u32,
+  d: u32,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_b[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = {{ crumb.sixteen("raw.q", 0) }} | {{ bits.at("raw.b", 0, 2) }};
+  let high = {{ crumb.sixteen("raw.q", 1) }} | {{ bits.at("raw.b", 4, 2) }};
+  let s = raw.s >> (16u * (c & 1u));
+  let scale = unpack2x16float(raw.d).x * (vec2<f32>(vec2<u32>(s, s >> 8u) & vec2<u32>(255u)) - 32.0);
+  return Ints(low, high, scale, vec2<f32>());
 }
 # endmacro
 

@@ -1,21 +1,23 @@
 {# Q4_1: q as Q4_0; s holds f16 d (low half) and f16 m (high half): weight = d * nibble + m. #}
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, "chunk"
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let dm = unpack2x16float({{ w }}_s[c]);
-  let low = q & vec4<u32>(0x0f0f0f0fu);
-  let high = (q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
-  return array<vec4<f32>, 8>(
-  # for half in ("low", "high")
-  # set last = loop.last
-  # for i in "xyzw"
-    dm.x * vec4<f32>(unpack4xU8({{ half }}.{{ i }})) + dm.y{{ "," if not (last and loop.last) }}
-  # endfor
-  # endfor
-  );
+struct {{ w }}_Raw {
+  q: vec4<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = raw.q & vec4<u32>(0x0f0f0f0fu);
+  let high = (raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
+  let dm = unpack2x16float(raw.s);
+  return Ints(low, high, dm.xx, -dm.yy);
 }
 # endmacro
 

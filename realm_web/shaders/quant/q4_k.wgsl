@@ -1,24 +1,26 @@
 {# Q4_K: h is the header of a 256-block, q the nibbles of a chunk in Q4_0's order. #}
 # import "quant/lib_k.wgsl" as k
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, "chunk"
+# macro ints(w, bind)
 {{ bind(w ~ "_h", "vec4<u32>") }}
 {{ bind(w ~ "_q", "vec4<u32>") }}
 
 {{ k.scale_min(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let dm = {{ w }}_scale_min({{ w }}_h[c >> 3u], c & 7u);
-  let low = q & vec4<u32>(0x0f0f0f0fu);
-  let high = (q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
-  return array<vec4<f32>, 8>(
-  # for half in ("low", "high")
-  # set last = loop.last
-  # for i in "xyzw"
-    dm.x * vec4<f32>(unpack4xU8({{ half }}.{{ i }})) - dm.y{{ "," if not (last and loop.last) }}
-  # endfor
-  # endfor
-  );
+struct {{ w }}_Raw {
+  h: vec4<u32>,
+  q: vec4<u32>,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_h[c >> 3u], {{ w }}_q[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = raw.q & vec4<u32>(0x0f0f0f0fu);
+  let high = (raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
+  let dm = {{ w }}_scale_min(raw.h, c & 7u);
+  return Ints(low, high, dm.xx, dm.yy);
 }
 # endmacro
 

@@ -1,22 +1,26 @@
 {# Q5_1: q and s as Q4_1; h lanes of the fifth bit: weight = d * value + m. #}
 # import "quant/lib_bits.wgsl" as bits
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, "chunk"
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_h", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let dm = unpack2x16float({{ w }}_s[c]);
-  let h = {{ w }}_h[c];
-  # for i in range(8)
-  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | (((h >> {{ i }}u) & 0x01010101u) << 4u));
-  # endfor
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    dm.x * vec4<f32>(n{{ i }}) + dm.y{{ "," if not loop.last }}
-  # endfor
-  );
+struct {{ w }}_Raw {
+  q: vec4<u32>,
+  s: u32,
+  h: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c], {{ w }}_h[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = (raw.q & vec4<u32>(0x0f0f0f0fu)) | {{ bits.fifth("raw.h", 0) }};
+  let high = ((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | {{ bits.fifth("raw.h", 4) }};
+  let dm = unpack2x16float(raw.s);
+  return Ints(low, high, dm.xx, -dm.yy);
 }
 # endmacro
 

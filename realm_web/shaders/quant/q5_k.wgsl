@@ -1,24 +1,29 @@
 {# Q5_K: h and q as Q4_K; b lanes of the fifth bit. #}
+# import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_k.wgsl" as k
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, "chunk"
+# macro ints(w, bind)
 {{ bind(w ~ "_h", "vec4<u32>") }}
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_b", "u32") }}
 
 {{ k.scale_min(w) }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let b = {{ w }}_b[c];
-  let dm = {{ w }}_scale_min({{ w }}_h[c >> 3u], c & 7u);
-  # for i in range(8)
-  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | (((b >> {{ i }}u) & 0x01010101u) << 4u));
-  # endfor
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    dm.x * vec4<f32>(n{{ i }}) - dm.y{{ "," if not loop.last }}
-  # endfor
-  );
+struct {{ w }}_Raw {
+  h: vec4<u32>,
+  q: vec4<u32>,
+  b: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_h[c >> 3u], {{ w }}_q[c], {{ w }}_b[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = (raw.q & vec4<u32>(0x0f0f0f0fu)) | {{ bits.fifth("raw.b", 0) }};
+  let high = ((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | {{ bits.fifth("raw.b", 4) }};
+  let dm = {{ w }}_scale_min(raw.h, c & 7u);
+  return Ints(low, high, dm.xx, dm.yy);
 }
 # endmacro
 

@@ -1,24 +1,27 @@
 {# Q6_K: q low nibbles in Q4_0's order; b crumbs of the high 2 bits;
    s = int8 scale of the chunk's first 16 weights, of its last 16, f16 d in the high half. #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# macro decode(w, bind)
+# set offset, halves, minimum = 32, true, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_b", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let q = {{ w }}_q[c];
-  let b = {{ w }}_b[c];
-  let s = {{ w }}_s[c];
-  let scales = vec2<f32>(unpack4xI8(s).xy) * unpack2x16float(s).y;
-  # for i in range(8)
-  let n{{ i }} = unpack4xU8(((q.{{ "xyzw"[i % 4] }} >> {{ 4 * (i // 4) }}u) & 0x0f0f0f0fu) | ({{ crumb.four("b", i) }} << 4u));
-  # endfor
-  return array<vec4<f32>, 8>(
-  # for i in range(8)
-    scales.{{ "xy"[i // 4] }} * (vec4<f32>(n{{ i }}) - 32.0){{ "," if not loop.last }}
-  # endfor
-  );
+struct {{ w }}_Raw {
+  q: vec4<u32>,
+  b: vec2<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_b[c], {{ w }}_s[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  let low = (raw.q & vec4<u32>(0x0f0f0f0fu)) | (({{ crumb.sixteen("raw.b", 0) }}) << vec4<u32>(4u));
+  let high = ((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | (({{ crumb.sixteen("raw.b", 1) }}) << vec4<u32>(4u));
+  let scales = vec2<f32>(unpack4xI8(raw.s).xy) * unpack2x16float(raw.s).y;
+  return Ints(low, high, scales, vec2<f32>());
 }
 # endmacro
 

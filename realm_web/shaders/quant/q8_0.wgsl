@@ -1,20 +1,21 @@
 {# Q8_0: q is 32 signed bytes (2 vec4) per chunk, s the f16 scale d. #}
-# macro decode(w, bind)
+# set offset, halves, minimum = 0, false, none
+# macro ints(w, bind)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let a = {{ w }}_q[c * 2u];
-  let b = {{ w }}_q[c * 2u + 1u];
-  let d = unpack2x16float({{ w }}_s[c]).x;
-  return array<vec4<f32>, 8>(
-  # for v in "ab"
-  # set last = loop.last
-  # for i in "xyzw"
-    d * vec4<f32>(unpack4xI8({{ v }}.{{ i }})){{ "," if not (last and loop.last) }}
-  # endfor
-  # endfor
-  );
+struct {{ w }}_Raw {
+  a: vec4<u32>,
+  b: vec4<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c * 2u], {{ w }}_q[c * 2u + 1u], {{ w }}_s[c]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  return Ints(raw.a, raw.b, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
 }
 # endmacro
 

@@ -1,7 +1,22 @@
 {# TQ1_0: packed as TQ2_0, which is a quarter more memory than five base-3 digits to a byte, and no arithmetic. #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# macro decode(w, bind)
-{{ crumb.decode_ternary(w, bind, 8) }}
+# set offset, halves, minimum = 1, false, none
+# macro ints(w, bind)
+{{ bind(w ~ "_q", "vec2<u32>") }}
+{{ bind(w ~ "_s", "u32") }}
+
+struct {{ w }}_Raw {
+  q: vec2<u32>,
+  s: u32,
+}
+
+fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c / 8u]);
+}
+
+fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
+  return Ints({{ crumb.sixteen("raw.q", 0) }}, {{ crumb.sixteen("raw.q", 1) }}, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
+}
 # endmacro
 
 # macro repack(bind)

@@ -148,12 +148,8 @@ class Runner:
             bucket.n_rows, bucket.n_seqs, self._qt(bucket.n_rows), bucket.splits, self._arena,
         )  # fmt: skip
         logits = self.model.record(recorder, self.memory, self._ropes)
-        counts = None
-        if bucket.adjust:
-            bias, counts = self._adjustment_tables()
-            ops.adjust_logits(recorder, logits, bias, counts)
-        out = device.view(self._out)
-        ops.sample(recorder, logits, out, draw=bucket.draw, counts=counts)
+        bias, counts = self._adjustment_tables() if bucket.adjust else (None, None)
+        ops.sample(recorder, logits, device.view(self._out), draw=bucket.draw, bias=bias, counts=counts)
         program.readback = device.view(self._out, 0, 4 * bucket.n_seqs)
         self._programs[bucket] = program
         return program

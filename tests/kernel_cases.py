@@ -42,7 +42,7 @@ class Case:
     tolerance: float
     needs: tuple[str, ...] = ()  # features
     subgroup: int = 0  # the subgroup size that the constants assume
-    dtype: str = "f32"
+    dtype: str = "f32"  # "f16", "u32" to the bit, "count": whole numbers that may differ a little
 
 
 def step_words(
@@ -333,12 +333,11 @@ def tensors_of(case: Case) -> list[np.ndarray]:
 
 
 def error_of(case: Case, got: bytes, want: np.ndarray) -> float:
-    """The largest difference relative to the largest value wanted; exact types count differing words."""
+    """The largest difference relative to the largest value wanted; "u32" counts differing words."""
     if case.dtype == "u32":
         return float((np.frombuffer(got, np.uint32)[: want.size] != want.reshape(-1).view(np.uint32)).sum())
-    data = np.frombuffer(got, np.float16 if case.dtype == "f16" else np.float32)[: want.size].astype(
-        np.float64
-    )
-    flat = want.reshape(-1).astype(np.float64)
+    kind = {"f16": np.float16, "count": np.uint32}.get(case.dtype, np.float32)
+    data = np.frombuffer(got, kind)[: want.size].astype(np.float64)
+    flat = want.reshape(-1).view(kind).astype(np.float64)
     error = np.abs(data - flat).max() / max(np.abs(flat).max(), 1e-30)
     return float("inf") if np.isnan(error) else float(error)

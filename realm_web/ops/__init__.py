@@ -9,11 +9,11 @@ from realm_web.ops.matrices import MATVEC_ROWS, linear
 from realm_web.ops.moe import experts, route
 from realm_web.ops.recorder import Recorder
 from realm_web.ops.rows import State, embed, gated, qk_norm, rmsnorm, short_conv
-from realm_web.ops.sampling import adjust_logits, sample
+from realm_web.ops.sampling import sample
 from realm_web.ops.score import pool, row_scores
 
 __all__ = [
-    "MATVEC_ROWS", "Pages", "Recorder", "Rope", "State", "adjust_logits", "attention", "embed", "experts",
+    "MATVEC_ROWS", "Pages", "Recorder", "Rope", "State", "attention", "embed", "experts",
     "gated", "linear", "pool", "qk_norm", "query_tile", "rmsnorm", "rope_store", "route", "row_scores",
     "sample", "short_conv",
 ]  # fmt: skip

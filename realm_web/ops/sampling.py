@@ -1,32 +1,77 @@
-"""From logits to tokens."""
+"""From logits to tokens, and to the log-probabilities of tokens."""
 
 from __future__ import annotations
 
 from realm_web.ops.recorder import Recorder
+from realm_web.runtime.device import View
 from realm_web.tensor import Tensor
 
-SAMPLE_PARTS = 64
+LISTED = 4096  # tokens of one sequence that the filters decide on one by one without another pass over all
+LOGPROB_WORDS = 41  # log-probability of the token, 20 ids, 20 log-probabilities
 
 
-def adjust_logits(r: Recorder, logits: Tensor, bias: Tensor, counts: Tensor) -> None:
-    n_vocab = logits.shape[-1]
-    kernel = r.device.kernel("adjust_logits", n_vocab=n_vocab, st=r.layout)
-    r.add(kernel, (r.step, bias, counts, logits), (-(-n_vocab // 64), r.n_seqs))
+def sample(
+    r: Recorder,
+    logits: Tensor,
+    out: View,
+    *,
+    draw: bool,
+    bias: Tensor | None = None,
+    counts: Tensor | None = None,
+    mask: Tensor | None = None,
+    logprobs: View | None = None,
+    n_valid: int = 0,
+) -> None:
+    """Token ids of the sequences into `out` (n_seqs,) u32 and into the slots; NONE where none may be chosen.
 
+    Without `draw` all sequences must be greedy. `bias` and `counts` (max_seqs, n_vocab), both or neither,
+    hold the logit bias and the tokens so far of each slot; `mask` (max_seqs, ceil(n_vocab / 32)) u32 the
+    tokens that a slot may take. `logprobs` (n_seqs, 41) u32 gets `LOGPROB_WORDS` words for each sequence that
+    asks. Ids from `n_valid` on (0: n_vocab) are never chosen. The logits stay as they are.
+    """
+    device, n_vocab = r.device, logits.shape[-1]
+    n_valid = n_valid or n_vocab
+    wg, slice_ = (64, 2048) if device.info.is_cpu else (256, 1024)
+    n_parts = -(-n_valid // slice_)
+    grid = (n_parts, r.n_seqs)
+    adjust, masked = counts is not None, mask is not None
+    parts = r.scratch("sampling parts", r.n_seqs, n_parts, 4)
+    consts = {
+        "n_vocab": n_vocab,
+        "n_valid": n_valid,
+        "slice": slice_,
+        "parts": n_parts,
+        "wg": wg,
+        "st": r.layout,
+    }
 
-def sample(r: Recorder, logits: Tensor, out: Tensor, *, draw: bool, counts: Tensor | None) -> None:
-    """Token ids of the sequences into `out` and the slots. Without `draw` all of them must be greedy."""
-    n_vocab = logits.shape[-1]
-    wg = 64 if r.device.info.is_cpu else 256
-    parts = 8 if r.device.info.is_cpu else SAMPLE_PARTS
-    best = r.scratch("best", r.n_seqs, parts, 2)
-    drawn = r.scratch("drawn", r.n_seqs)
-    consts = {"n_vocab": n_vocab, "parts": parts, "st": r.layout}
-    partial = r.device.kernel("sample_partial", **consts, wg=wg)
-    r.add(partial, (r.step, logits, best), (parts, r.n_seqs))
+    extra: list[View] = []
+    adjusted = logits
     if draw:
-        kernel = r.device.kernel("sample_draw", **consts, wg=wg)
-        r.add(kernel, (r.step, logits, best, drawn), (r.n_seqs,))
-    final = r.device.kernel("sample_final", **consts, counting=counts is not None)
-    extra = () if counts is None else (counts,)
-    r.add(final, (r.step, best, drawn, r.slots, out, *extra), (1,))
+        bins = r.scratch("sampling bins", r.n_seqs, 1024, 2)
+        extra.append(bins)
+        if adjust or masked:
+            adjusted = r.scratch("adjusted logits", *logits.shape)
+            extra.append(adjusted)
+    if adjust:
+        extra += [bias, counts]
+    if masked:
+        extra.append(mask)
+    partial = device.kernel("sample_partial", **consts, draw=draw, adjust=adjust, masked=masked)
+    r.add(partial, (r.step, logits, parts, *extra), grid)
+
+    counting = (counts,) if adjust else ()
+    final = device.kernel("sample_final", **consts, listed=LISTED, draw=draw, counting=adjust)
+    if draw:
+        listed = r.scratch("sampling list", r.n_seqs, 1 + n_parts + LISTED)
+        for name in ("sample_bins", "sample_gather"):
+            r.add(device.kernel(name, **consts, listed=LISTED), (r.step, adjusted, parts, bins, listed), grid)
+        views = (r.step, adjusted, parts, bins, listed, r.slots, out, *counting)
+    else:
+        views = (r.step, parts, r.slots, out, *counting)
+    r.add(final, views, (r.n_seqs,))
+    if logprobs is not None:
+        tops = r.scratch("likeliest tokens", r.n_seqs, n_parts, 42)
+        r.add(device.kernel("sample_top", **consts), (r.step, logits, tops), grid)
+        kernel = device.kernel("sample_logprobs", n_vocab=n_vocab, parts=n_parts, wg=wg, st=r.layout)
+        r.add(kernel, (r.step, logits, tops, r.slots, logprobs), (r.n_seqs,))

@@ -23,6 +23,7 @@ from realm_web.loader import Loader, Source, read_header, read_vector
 from realm_web.models import build, read_config
 from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable, rope_table
+from realm_web.ops import Pages
 from realm_web.pacing import Pacing
 from realm_web.runner import Bucket, Runner, room_error
 from realm_web.runtime.adapters import open_device
@@ -134,7 +135,12 @@ class Engine:
         self.runner, self.tokenizer, self.template, self.gguf = runner, tokenizer, template, gguf
         self.context = runner.pool.n_blocks * runner.pool.block_size
         self.scheduler = Scheduler(
-            runner.pool, max_seqs=runner.layout.max_seqs, max_rows=runner.max_rows, max_context=self.context
+            runner.pool,
+            max_seqs=runner.layout.max_seqs,
+            max_rows=runner.max_rows,
+            max_context=self.context,
+            # blocks can be shared where they are all that is kept of a sequence
+            prefix_cache=all(isinstance(kept, Pages) and not kept.ring for kept in runner.memory),
         )
         # steps in flight; numpy runs a step when it is submitted, so there is nothing to overlap
         self.pacing = Pacing(1 if runner.device.kind == "cpu" else MAX_DEPTH)
@@ -353,6 +359,7 @@ class Engine:
             self.scheduler.abort(answer.request.id)
             answer.queue.put_nowait(error)
         self._answers.clear()
+        self.scheduler.pool.clear_cache()  # steps that should have filled the blocks may not have run
         self.runner.forget()
 
     def _deliver(self, batch: Batch, ids: array) -> None:

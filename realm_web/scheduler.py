@@ -9,6 +9,9 @@ sampled but not read back yet is `FROM_SLOT`, and the device, which runs the ste
 those steps sample after a request has ended is dropped. Blocks and slot of an ended request are given to
 others at once, for the same reason: the device writes in the order of submission.
 
+A full block whose tokens are known is registered in the pool as soon as the rows that fill it are scheduled:
+whoever is admitted after that, be it into the same batch, runs behind them and may share it.
+
 This module is pure: it knows no device, no clock, no text and no event loop. The same calls give the same
 batches.
 """
@@ -16,129 +19,46 @@ batches.
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from .errors import RequestError
-from .kvcache import BlockPool
-from .sampler import SamplingParams
+from .fairness import AGING, OUTPUT_COST, PROMPT_COST, WaitingLine
+from .kvcache import BlockPool, block_digest, root_digest
+from .request import FROM_SLOT, NEVER, Batch, Draft, FinishReason, Output, Request, Row, SeqSlice
 
-FROM_SLOT = 0xFFFFFFFF  # in place of a token id: the token that this slot sampled last
-FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One prompt and what became of it. The first five fields are given, the scheduler keeps the others."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    eog_ids: frozenset[int]  # the model's end-of-generation tokens, unless params.ignore_eos
-    seed: int  # u32; the draw of every token is a function of it and of the token's position
-
-    token_ids: list[int] = field(init=False)  # prompt and answer, as far as read back
-    stop_ids: frozenset[int] = field(init=False)
-    status: Literal["new", "waiting", "running", "finished"] = field(init=False, default="new")
-    finish_reason: FinishReason | None = field(init=False, default=None)
-    arrival: int = field(init=False, default=-1)
-    limit: int = field(init=False, default=0)  # tokens of prompt and answer at which it ends
-    slot: int | None = field(init=False, default=None)
-    blocks: tuple[int, ...] = field(init=False, default=())
-    n_scheduled: int = field(init=False, default=0)  # tokens whose forward pass was submitted
-    n_pending: int = field(init=False, default=0)  # tokens sampled, or about to be, and not read back
-    n_in_flight: int = field(init=False, default=0)  # steps with rows of this request and no update yet
-    n_preemptions: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        self.prompt_ids = tuple(self.prompt_ids)
-        self.token_ids = list(self.prompt_ids)
-        self.stop_ids = frozenset(self.params.stop_token_ids)
-        if not self.params.ignore_eos:
-            self.stop_ids |= self.eog_ids
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_ids) :]
-
-    @property
-    def n_to_run(self) -> int:
-        """Rows that are ready: tokens known or pending, less those submitted. The last token never runs."""
-        n_tokens = len(self.token_ids) + self.n_pending
-        return n_tokens - self.n_scheduled if n_tokens < self.limit else 0
-
-    def ending(self) -> FinishReason | None:
-        """Whether the newest token is the last one."""
-        if self.token_ids[-1] in self.stop_ids:
-            return "stop"
-        return "length" if len(self.token_ids) >= self.limit else None
+__all__ = ["FROM_SLOT", "Batch", "FinishReason", "Output", "Request", "Row", "Scheduler", "SeqSlice", "Stats"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One token in one forward pass."""
+class Stats:
+    """The scheduler at a glance. The last three count from the start."""
 
-    token: int  # or FROM_SLOT
-    position: int
-    seq: int  # index in Batch.seqs
-
-
-@dataclass(frozen=True, slots=True)
-class SeqSlice:
-    """The rows of one request in a batch: row_start up to row_start + n_rows, at consecutive positions."""
-
-    request_id: str
-    slot: int
-    row_start: int
-    n_rows: int
-    kv_len: int  # tokens in the KV cache after this step
-    samples: bool  # the last row gets logits, and a token is drawn into the slot
-    blocks: tuple[int, ...]  # the block table: position p is in blocks[p // block_size]
-    draw_position: int  # index in the sequence of the token that is drawn, if one is
-    first: bool  # the request enters this slot with this step: what the slot held before is void
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One forward pass. tokens, positions and row_seq have one entry for each row."""
-
-    step: int
-    seqs: tuple[SeqSlice, ...]
-    tokens: list[int]  # FROM_SLOT where the device alone knows
-    positions: list[int]
-    row_seq: list[int]  # index in seqs
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def is_decode(self) -> bool:
-        """Every request has one row."""
-        return len(self.tokens) == len(self.seqs)
-
-    @property
-    def rows(self) -> Iterator[Row]:
-        return map(Row, self.tokens, self.positions, self.row_seq)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """News of a request: a token, its end, or both (a token that ends it is part of its tokens)."""
-
-    request_id: str
-    token_id: int | None
-    finish_reason: FinishReason | None
+    n_running: int
+    n_waiting: int
+    n_blocks_free: int  # the cached ones among them
+    n_blocks_cached: int
+    prefix_queries: int  # prompt tokens that were looked for in the prefix cache
+    prefix_hits: int  # and those that were there
+    n_preemptions: int
 
 
 class Scheduler:
     """Requests in, batches out, sampled tokens in, outputs out.
 
-    At most `max_seqs` requests run at a time, in slots 0 to max_seqs-1; a batch has at most `max_rows` rows;
-    prompt and answer together have at most `max_context` tokens. First come, first served: requests are
-    admitted in the order of arrival, and when blocks run out the youngest gives way.
+    At most `max_seqs` requests run at a time, in slots 0 to max_seqs-1; a batch has at most `max_rows` rows,
+    and at most `prompt_rows_with_decodes` of them are of prompts if it also has answers, which wait for the
+    whole step (all of max_rows if not given: the fewest steps, and the least time to a first token); prompt
+    and answer together have at most `max_context` tokens.
+
+    Who runs first is told by `WaitingLine`: by priority, then by the tenants' shares, then by arrival. When
+    blocks run out the lowest and youngest gives way, and so it does when slots or blocks are missing for a
+    request of a higher level; it goes on later where it was.
+
+    With `prefix_cache`, prompts share the blocks of equal beginnings. It is for models that keep nothing of a
+    sequence but blocks: neither rings of pages nor recurrent state.
 
     A loop around it, with `depth` steps in flight::
 
@@ -149,12 +69,25 @@ class Scheduler:
             for output in scheduler.update(batch, await sampled): ...
     """
 
-    def __init__(self, pool: BlockPool, *, max_seqs: int, max_rows: int, max_context: int):
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_seqs: int,
+        max_rows: int,
+        max_context: int,
+        prefix_cache: bool = True,
+        tenant_weights: Mapping[str, float] | None = None,
+        prompt_rows_with_decodes: int | None = None,
+        aging: int = AGING,
+    ):
         if max_seqs < 1 or max_rows < 1 or max_context < 2:
             raise ValueError(
                 f"max_seqs {max_seqs}, max_rows {max_rows}, max_context {max_context}: "
                 "must be at least 1, 1 and 2"
             )
+        if prompt_rows_with_decodes is not None and prompt_rows_with_decodes < 1:
+            raise ValueError(f"prompt_rows_with_decodes {prompt_rows_with_decodes}: must be at least 1")
         if pool.blocks_for(max_context) > pool.n_blocks:
             raise ValueError(
                 f"a context of {max_context} tokens needs {pool.blocks_for(max_context)} blocks and the pool "
@@ -164,13 +97,18 @@ class Scheduler:
         self.max_seqs = max_seqs
         self.max_rows = max_rows
         self.max_context = max_context
+        self.prefix_cache = prefix_cache
+        self.prompt_rows_with_decodes = prompt_rows_with_decodes or max_rows
         self._requests: dict[str, Request] = {}  # all that are not finished
-        self._waiting: deque[Request] = deque()  # both in the order of arrival, and
-        self._running: list[Request] = []  # everything running came before everything waiting
+        self._waiting = WaitingLine(tenant_weights or {}, aging)
+        self._running: list[Request] = []  # by level, then by arrival: the last one gives way first
         self._free_slots = list(range(max_seqs))  # a heap: the lowest is taken first
         self._in_flight: deque[tuple[int, list[Request]]] = deque()
+        self._most = min(max_seqs, max_rows)  # requests at a time, so that each of them has a row
         self._n_arrived = 0
         self._n_steps = 0
+        self._n_forgotten = 0  # steps before the last reset
+        self._prefix_queries = self._prefix_hits = self._n_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -185,6 +123,23 @@ class Scheduler:
     def n_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All requests that are not finished, in the order of arrival."""
+        return tuple(self._requests.values())
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(
+            n_running=len(self._running),
+            n_waiting=len(self._waiting),
+            n_blocks_free=self.pool.n_free,
+            n_blocks_cached=self.pool.n_cached,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            n_preemptions=self._n_preemptions,
+        )
+
     def get(self, request_id: str) -> Request | None:
         """The request of this id, if it is not finished."""
         return self._requests.get(request_id)
@@ -192,27 +147,32 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a new request. RequestError if its prompt is empty or leaves no room in the context."""
         n_prompt = len(request.prompt_ids)
+        n_room = self.max_context - request.generates  # a prompt that is only scored may fill the context
         if n_prompt == 0:
             raise RequestError("the prompt has no tokens: give at least one")
-        if n_prompt >= self.max_context:
+        if n_prompt > n_room:
+            for_answer = ", of which at least one is for the answer" if request.generates else ""
             raise RequestError(
-                f"the prompt has {n_prompt} tokens and the context {self.max_context}, of which at least one "
-                f"is for the answer: shorten the prompt to {self.max_context - 1} tokens or open the model "
-                "with a larger context"
+                f"the prompt has {n_prompt} tokens and the context {self.max_context}{for_answer}: "
+                f"shorten the prompt to {n_room} tokens or open the model with a larger context"
             )
         if request.id in self._requests:
             raise RequestError(f"a request with the id {request.id!r} is not finished yet: use another id")
         if request.status != "new":
             raise ValueError(f"request {request.id!r} was added before: make a new one")
         max_tokens = request.params.max_tokens
-        request.limit = (
-            self.max_context if max_tokens is None else min(self.max_context, n_prompt + max_tokens)
-        )
+        if not request.generates:
+            request.limit = n_prompt + 1  # which it never reaches: its last row runs as well
+        elif max_tokens is None:
+            request.limit = self.max_context
+        else:
+            request.limit = min(self.max_context, n_prompt + max_tokens)
         request.arrival = self._n_arrived
         request.status = "waiting"
+        request.account = self._waiting.account(request.tenant)
         self._n_arrived += 1
         self._requests[request.id] = request
-        self._waiting.append(request)
+        self._waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason) -> Output | None:
         """End a request now; tokens of it that are still in flight will be dropped. None if it has ended."""
@@ -226,34 +186,46 @@ class Scheduler:
         """End a request that nobody wants any more; never an error, as it may just have ended by itself."""
         return self.finish(request_id, "abort")
 
+    def reset(self) -> None:
+        """The device has lost what it held: all that runs waits again, with the tokens that were read back.
+
+        Steps in flight are forgotten: their updates, if they still come, say nothing.
+        """
+        self._in_flight.clear()
+        self._n_forgotten = self._n_steps
+        for request in reversed(self._running):
+            request.n_pending = request.n_in_flight = 0
+            self._send_back(request)
+        self._running.clear()
+        self.pool.clear_cache()
+
     def schedule(self) -> Batch | None:
         """The next forward pass, or None when nothing can run before an `update` (or an `add`).
 
-        One token each for the answers, then chunks of the prompts in the order of arrival, then new requests,
-        as far as max_rows, slots and blocks go. The caller submits it to the device before the next one, and
-        brings the sampled tokens to `update`.
+        One token each for the answers; then chunks of the prompts, those that run already and those that are
+        admitted, in the order of `WaitingLine`, as far as max_rows, slots and blocks go. The caller submits
+        it to the device before the next one, and brings the sampled tokens to `update`.
         """
-        draft = _Draft(self.max_rows)
-        # Requests are admitted into rows that all others left over, so one row for each running one fits.
+        held = self._make_way() if self._waiting else set()  # give way once their steps in flight are done
+        draft = Draft(self.max_rows)
         behind: list[Request] = []  # with more than one token to run
-        held: Request | None = None  # gives way as soon as its steps in flight are done
+        block_size = self.pool.block_size
         # Preemption takes requests from the end of `running` only, so that this iteration stays valid.
         for request in self._running:
-            n = request.n_to_run
-            if n == 0 or request is held:
+            n_tokens = len(request.token_ids) + request.n_pending
+            n_scheduled = request.n_scheduled
+            if n_tokens >= request.limit or n_tokens == n_scheduled or request in held:
                 continue
-            if n > 1:
+            if n_tokens - n_scheduled > 1:
                 behind.append(request)
-            elif self._has_block_for_next(request):
-                draft.add(request, 1)
+            elif n_scheduled < len(request.blocks) * block_size or self._allocate_next(request):
+                self._run(draft, request, 1)
             elif self._running:
-                held = self._running[-1]
-        for request in behind:
-            if draft.room:
-                draft.add(request, min(request.n_to_run, draft.room))
-        while draft.room and self._admit_next():
-            request = self._running[-1]
-            draft.add(request, min(request.n_to_run, draft.room))
+                held.add(self._running[-1])
+        if draft.seqs:
+            draft.room = min(draft.room, self.prompt_rows_with_decodes)
+        if draft.room and (behind or self._waiting):
+            self._run_prompts(draft, behind)
         if not draft.seqs:
             return None
         batch = Batch(self._n_steps, tuple(draft.seqs), draft.tokens, draft.positions, draft.row_seq)
@@ -269,40 +241,55 @@ class Scheduler:
         """
         if len(sampled_ids) != len(batch.seqs):
             raise ValueError(f"{len(sampled_ids)} sampled tokens for {len(batch.seqs)} sequences")
-        outputs = []
+        outputs: list[Output] = []
+        if batch.step < self._n_forgotten:
+            return outputs
         for request, seq, token_id in zip(self._take(batch), batch.seqs, sampled_ids, strict=True):
             request.n_in_flight -= 1
-            if not seq.samples or request.status == "finished":
+            if request.status == "finished":
                 continue
-            request.n_pending -= 1
-            request.token_ids.append(token_id)
-            reason = request.ending()
-            if reason is not None:
-                self._end(request, reason)
-            outputs.append(Output(request.id, token_id, reason))
+            if seq.samples:
+                request.n_pending -= 1
+                request.token_ids.append(token_id)
+                if (
+                    request.register_at <= len(request.token_ids)
+                    and request.register_at <= request.n_scheduled
+                ):
+                    self._register(request)
+                reason = request.ending()
+                if reason is not None:
+                    self._end(request, reason)
+                outputs.append(Output(request.id, token_id, reason))
+            elif not request.generates and seq.kv_len == len(request.prompt_ids):
+                self._end(request, "stop")
+                outputs.append(Output(request.id, None, "stop"))
         return outputs
 
     def check_integrity(self) -> None:
         """AssertionError naming what is wrong, if the books disagree with each other. For tests."""
         self.pool.check_integrity()
-        order = [request.arrival for request in (*self._running, *self._waiting)]
-        assert order == sorted(order), f"out of the order of arrival: {order}"
+        self._waiting.check_integrity()
+        order = [_rank(request) for request in self._running]
+        assert order == sorted(order), f"running out of order (level, arrival): {order}"
         listed = {request.id: request for request in (*self._running, *self._waiting)}
         assert listed == self._requests, f"listed {sorted(listed)}, known {sorted(self._requests)}"
         slots = [request.slot for request in self._running] + self._free_slots
         assert sorted(slots) == list(range(self.max_seqs)), f"slots in use and free: {slots}"
-        blocks = [block for request in self._running for block in request.blocks]
-        assert len(set(blocks)) == len(blocks), f"a block has two owners: {sorted(blocks)}"
-        assert len(blocks) + self.pool.n_free == self.pool.n_blocks, (
-            f"{len(blocks)} blocks held, {self.pool.n_free} of {self.pool.n_blocks} free"
-        )
+        holders = Counter(block for request in self._running for block in request.blocks)
+        for block in range(self.pool.n_blocks):
+            assert holders[block] == self.pool.ref_count(block), (
+                f"block {block} has {holders[block]} holders and {self.pool.ref_count(block)} references"
+            )
         for request in self._waiting:
-            held = (request.slot, request.blocks, request.n_scheduled, request.n_pending, request.n_in_flight)
-            assert request.status == "waiting" and held == (None, (), 0, 0, 0), (
+            counts = (request.n_scheduled, request.n_pending, request.n_in_flight, request.n_registered)
+            held = (request.slot, request.blocks, *counts)
+            assert request.status == "waiting" and held == (None, (), 0, 0, 0, 0), (
                 f"{request.id} waits with {held}"
             )
+        contents: dict[int, bytes] = {}
         for request in self._running:
             self._check_running(request)
+            self._check_blocks(request, holders, contents)
 
     def _check_running(self, request: Request) -> None:
         name = request.id
@@ -311,8 +298,9 @@ class Scheduler:
         n_in_flight = sum(request in requests for _, requests in self._in_flight)
         assert request.status == "running", f"{name} runs and is {request.status}"
         assert request.n_scheduled <= room, f"{name}: {request.n_scheduled} tokens in room for {room}"
-        assert request.n_scheduled <= n_tokens <= request.limit, (
-            f"{name}: {n_tokens} of {request.limit} tokens"
+        assert request.n_start <= request.n_scheduled <= n_tokens <= request.limit, (
+            f"{name}: {n_tokens} of {request.limit} tokens, "
+            f"run from {request.n_start} to {request.n_scheduled}"
         )
         assert len(request.token_ids) < request.limit, f"{name} runs on at its limit of {request.limit}"
         assert request.n_in_flight == n_in_flight, f"{name}: {request.n_in_flight} steps, not {n_in_flight}"
@@ -320,45 +308,171 @@ class Scheduler:
             f"{name}: {request.n_pending} tokens of {n_in_flight} steps"
         )
 
-    def _has_block_for_next(self, request: Request) -> bool:
-        """Give the request room for one more token; False if it must wait for the youngest to give way."""
-        if request.n_scheduled < len(request.blocks) * self.pool.block_size:
-            return True
+    def _check_blocks(self, request: Request, holders: Mapping[int, int], contents: dict[int, bytes]) -> None:
+        """Of registered and shared blocks: that they are full, and hold what their digests say."""
+        name, size = request.id, self.pool.block_size
+        n_full = min(len(request.token_ids), request.n_scheduled) // size
+        if self.prefix_cache and request.generates:
+            assert request.n_registered == n_full, (
+                f"{name}: {request.n_registered} of {n_full} blocks registered"
+            )
+        assert len(set(request.blocks)) == len(request.blocks), (
+            f"{name} holds a block twice: {request.blocks}"
+        )
+        parent = root_digest(request.adapter, request.salt)
+        for i, block in enumerate(request.blocks):
+            digest = self.pool.digest(block)
+            if i >= n_full:
+                assert holders[block] == 1 and digest is None, (
+                    f"{name} will write to block {block}, which is shared or registered"
+                )
+                continue
+            parent = block_digest(parent, request.token_ids[i * size : (i + 1) * size])
+            assert digest in (None, parent), f"block {block} of {name} is registered as something else"
+            assert contents.setdefault(block, parent) == parent, (
+                f"block {block} of {name} is shared by mistake"
+            )
+
+    def _allocate_next(self, request: Request) -> bool:
+        """Give the request room for one more token; False if it must wait for the last one to give way."""
         while self.pool.n_free == 0:
-            youngest = self._running[-1]
-            if youngest.n_in_flight:
+            last = self._running[-1]
+            if last.n_in_flight:
                 return False
-            self._preempt(youngest)
-            if youngest is request:
+            self._preempt(last)
+            if last is request:
                 return False
         request.blocks += tuple(self.pool.allocate(1))
         return True
 
-    def _admit_next(self) -> bool:
-        """Give the first waiting request a slot and blocks for all its tokens, if there are any left.
+    def _make_way(self) -> set[Request]:
+        """Preempt requests of lower levels if the first one in the line can be admitted then, and only then.
+
+        Returns those that must first see the end of their steps in flight, and get no more rows until then.
+        """
+        if not self._running or self._waiting.top <= self._running[-1].holds:
+            return set()
+        first, level = self._waiting.first()
+        hits = self._match(first)
+        victims: list[Request] = []
+        n_gained, gone = 0, Counter()
+        while not self._fits(first, hits, len(victims), n_gained):
+            last = self._running[-1 - len(victims)] if len(victims) < len(self._running) else None
+            if last is None or last.holds >= level:
+                return set()
+            victims.append(last)
+            gone.update(last.blocks)
+            n_gained = sum(n == self.pool.ref_count(block) for block, n in gone.items() if block not in hits)
+        for request in victims:
+            if not request.n_in_flight:
+                self._preempt(request)
+                request.n_yielded += 1
+        return {request for request in victims if request.n_in_flight}
+
+    def _run_prompts(self, draft: Draft, behind: list[Request]) -> None:
+        """Fill the room that is left with chunks of prompts, of running requests and of new ones."""
+        behind.sort(key=_turn, reverse=True)
+        first = self._waiting.first() if len(self._running) < self._most else None
+        while draft.room:
+            if first and (not behind or _turn(first[0], first[1]) < _turn(behind[-1])):
+                if self._admit(*first):
+                    request = first[0]
+                    self._run(draft, request, min(request.n_to_run, draft.room))
+                    first = self._waiting.first()
+                else:
+                    first = None  # nobody overtakes it
+            elif behind:
+                request = behind.pop()
+                self._run(draft, request, min(request.n_to_run, draft.room))
+            else:
+                return
+
+    def _match(self, request: Request) -> list[int]:
+        """The blocks that hold the beginning of a request's tokens already; the last token always runs."""
+        if not (self.prefix_cache and request.generates):
+            return []
+        return self.pool.match(self._digests(request, (len(request.token_ids) - 1) // self.pool.block_size))
+
+    def _fits(self, request: Request, hits: Sequence[int], n_victims: int = 0, n_gained: int = 0) -> bool:
+        """Whether there are a slot, a row and blocks for all tokens of a waiting request.
 
         One block for each running request stays free, so that the new one is not preempted at once.
         """
-        if not self._waiting or not self._free_slots:
+        n_running = len(self._running) - n_victims
+        n_blocks = self.pool.blocks_for(len(request.token_ids)) - len(hits)
+        n_blocks += sum(self.pool.ref_count(block) == 0 for block in hits)
+        return n_running < self._most and n_blocks + n_running <= self.pool.n_free + n_gained
+
+    def _admit(self, request: Request, level: int) -> bool:
+        """Give the first waiting request a slot and blocks, if there are any left."""
+        hits = self._match(request)
+        if not self._fits(request, hits):
             return False
-        n_blocks = self.pool.blocks_for(len(self._waiting[0].token_ids))
-        if n_blocks + len(self._running) > self.pool.n_free:
-            return False
-        request = self._waiting.popleft()
-        request.blocks = tuple(self.pool.allocate(n_blocks))
+        self._waiting.admit(request, level)
+        self.pool.share(hits)
+        n_new = self.pool.blocks_for(len(request.token_ids)) - len(hits)
+        request.blocks = (*hits, *self.pool.allocate(n_new))
         request.slot = heapq.heappop(self._free_slots)
         request.status = "running"
-        self._running.append(request)
+        if hits:
+            request.n_scheduled = len(hits) * self.pool.block_size
+        request.n_start = request.n_scheduled
+        request.n_charged = max(request.n_charged, request.n_start)
+        request.n_registered = len(hits)
+        if self.prefix_cache and request.generates:
+            request.register_at = (len(hits) + 1) * self.pool.block_size
+            if request.n_admissions == 0:
+                request.n_cached = request.n_start
+                self._prefix_hits += request.n_start
+                self._prefix_queries += len(request.prompt_ids)
+        request.n_admissions += 1
+        insort(self._running, request, key=_rank)
         return True
 
+    def _run(self, draft: Draft, request: Request, n: int) -> None:
+        """Put the next n tokens of a request into the batch."""
+        samples = draft.add(request, n)
+        done = request.n_scheduled
+        if request.register_at <= done and request.register_at <= len(request.token_ids):
+            self._register(request)
+        # The tenant pays for a token once, however often the request is preempted, and for none of the cache.
+        paid, now = request.n_charged, done + samples
+        if now > paid:
+            n_new = now - min(max(paid, len(request.prompt_ids)), now)  # tokens of the answer
+            self._waiting.charge(request, OUTPUT_COST * n_new + PROMPT_COST * (now - paid - n_new))
+            request.n_charged = now
+
+    def _register(self, request: Request) -> None:
+        """Let others find the blocks that are full of known tokens."""
+        n_full = min(len(request.token_ids), request.n_scheduled) // self.pool.block_size
+        digests = self._digests(request, n_full)
+        for i in range(request.n_registered, n_full):
+            self.pool.register(request.blocks[i], digests[i])
+        request.n_registered = n_full
+        request.register_at = (n_full + 1) * self.pool.block_size
+
+    def _digests(self, request: Request, n: int) -> list[bytes]:
+        """The digests of the first n blocks of a request's tokens."""
+        known, size = request.digests, self.pool.block_size
+        parent = known[-1] if known else root_digest(request.adapter, request.salt)
+        for i in range(len(known), n):
+            parent = block_digest(parent, request.token_ids[i * size : (i + 1) * size])
+            known.append(parent)
+        return known[:n]
+
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue; all its tokens are known, and run again when there is room."""
+        """Back into the line; all its tokens are known, and run again, or are found, when there is room."""
         self._running.remove(request)
+        request.n_preemptions += 1
+        self._n_preemptions += 1
+        self._send_back(request)
+
+    def _send_back(self, request: Request) -> None:
         self._release(request)
         request.status = "waiting"
-        request.n_scheduled = 0
-        request.n_preemptions += 1
-        self._waiting.appendleft(request)
+        request.n_scheduled = request.n_start = request.n_registered = 0
+        request.register_at = NEVER
+        self._waiting.push(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         if request.status == "running":
@@ -366,6 +480,7 @@ class Scheduler:
             self._release(request)
         else:
             self._waiting.remove(request)
+        self._waiting.close(request)
         request.status = "finished"
         request.finish_reason = reason
         del self._requests[request.id]
@@ -389,44 +504,11 @@ class Scheduler:
         raise ValueError(f"step {batch.step} is not in flight: each batch is updated once")
 
 
-class _Draft:
-    """A batch in the making."""
+def _rank(request: Request) -> tuple[int, int]:
+    """Who keeps its blocks: the higher level, then the older."""
+    return -request.holds, request.arrival
 
-    __slots__ = ("positions", "requests", "room", "row_seq", "seqs", "tokens")
 
-    def __init__(self, room: int):
-        self.room = room
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.row_seq: list[int] = []
-        self.seqs: list[SeqSlice] = []
-        self.requests: list[Request] = []
-
-    def add(self, request: Request, n: int) -> None:
-        """The next n tokens of a request."""
-        seq = len(self.seqs)
-        row_start = len(self.tokens)
-        start = request.n_scheduled
-        end = start + n
-        n_known = len(request.token_ids)
-        n_tokens = n_known + request.n_pending
-        if n > 1:  # pending tokens come one at a time: all of these are known
-            self.tokens += request.token_ids[start:end]
-            self.positions += range(start, end)
-            self.row_seq += [seq] * n
-        else:
-            self.tokens.append(request.token_ids[start] if start < n_known else FROM_SLOT)
-            self.positions.append(start)
-            self.row_seq.append(seq)
-        samples = end == n_tokens
-        self.seqs.append(
-            SeqSlice(
-                request.id, request.slot, row_start, n, end, samples, request.blocks, n_tokens, start == 0
-            )
-        )
-        self.requests.append(request)
-        self.room -= n
-        request.n_scheduled = end
-        request.n_in_flight += 1
-        if samples:
-            request.n_pending += 1
+def _turn(request: Request, level: int | None = None) -> tuple[int, float, int]:
+    """Whose prompt runs first."""
+    return -(request.level if level is None else level), request.account.counter, request.arrival

@@ -38,6 +38,8 @@ LEVELS = {
     "grammar_ebnf": 4,
     "grammar_native": 4,
     "grammar_page": 4,
+    "request": 5,
+    "fairness": 5,
     "scheduler": 5,
     "loader": 5,
     "sources": 5,

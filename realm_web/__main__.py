@@ -19,6 +19,7 @@ from realm_web.errors import RealmError
 COMMANDS = {
     "chat": "talk with a model in the terminal",
     "run": "complete or answer one prompt",
+    "batch": "answer a file of requests, one per line",
     "tokenize": "show the token ids of a text",
     "inspect": "show what a model file holds and whether it will run",
     "quantize": "write a model again in a smaller type",

@@ -30,3 +30,11 @@ class RequestError(RealmError):
 
 class DeviceError(RealmError):
     """The device failed: none found, out of memory (needed and had), lost, or a shader did not compile."""
+
+
+class OutOfDeviceMemory(DeviceError):
+    """An allocation on the device failed; what was there before is untouched."""
+
+
+class DeviceLost(DeviceError):
+    """The device is gone with all that was on it: reset by the driver, unplugged, or its page was hidden."""

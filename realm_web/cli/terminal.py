@@ -97,7 +97,10 @@ class LoadProgress:
 
 
 class WorkProgress:
-    """One bar on stderr for work of `total` pieces (None: not known); absent without a terminal."""
+    """One bar on stderr for work of `total` pieces (None: not known); absent without a terminal.
+
+    It appears when it is first shown something, so that others may come before it.
+    """
 
     def __init__(self, what: str, total: int | None) -> None:
         self._bars = Progress(
@@ -113,10 +116,10 @@ class WorkProgress:
 
     def show(self, done: int, text: str) -> None:
         """`text` says in words how far it is and how quick."""
+        self._bars.start()
         self._bars.update(self._task, completed=done, text=text)
 
     def __enter__(self) -> Self:
-        self._bars.start()
         return self
 
     def __exit__(

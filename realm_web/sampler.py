@@ -3,23 +3,27 @@
 The device draws in integers, so that the same seed gives the same token on every backend: probabilities
 become masses of 2**-30, the filters are thresholds, and the draw is one integer comparison.
 `sample_reference` states that algorithm in plain Python and is the oracle for every device kernel. In order
-(the order of vLLM): logit bias, penalties, temperature, min-p, top-k, top-p, draw.
+(the order of vLLM): logit bias, penalties, token mask, temperature, min-p, top-k, top-p, draw.
 
 This module knows neither a device nor a request; it does not choose a seed.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 from .errors import RequestError
+from .grammar import read_response_format
 
 MASS_BITS = 30  # one is 2**30: the sum of all masses still fits a u32
 GREEDY_BELOW = 1e-4  # a lower temperature cannot be told from zero and would overflow f32 in logit / T
+MAX_CHOICES = 64
+MAX_TOP_LOGPROBS = 20
 _U32 = 0xFFFFFFFF
 
 
@@ -44,9 +48,14 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added before the penalties
     seed: int | None = None  # None: the engine picks one
     max_tokens: int | None = None  # None: until the context is full
+    min_tokens: int = 0  # so many are drawn before a token may end the answer
     stop: tuple[str, ...] = ()  # the text ends before the first of these strings
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # go on after the model's end-of-generation tokens
+    n: int = 1  # answers to one prompt, each with random numbers of its own
+    logprobs: bool = False  # of the tokens drawn, under the model's own distribution
+    top_logprobs: int = 0  # and of so many of the likeliest tokens beside each
+    response_format: Mapping[str, object] | None = field(default=None, hash=False)  # see `grammar`
 
     def __post_init__(self) -> None:
         self._store("temperature", self._number("temperature", 0.0, 100.0))
@@ -58,12 +67,24 @@ class SamplingParams:
         self._integer("top_k", 0, 2**31 - 1)
         self._integer("seed", 0, _U32, optional=True)
         self._integer("max_tokens", 1, 2**31 - 1, optional=True)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {_short(self.ignore_eos)}: give true or false")
+        self._integer("min_tokens", 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}: "
+                "give no more for the first than for the second"
+            )
+        self._integer("n", 1, MAX_CHOICES)
+        self._integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
+        for name in ("ignore_eos", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {_short(getattr(self, name))}: give true or false")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs is {self.top_logprobs} without logprobs: set logprobs to true")
         if self.temperature < GREEDY_BELOW:
             self._store("temperature", 0.0)
         self._check_stops()
         self._check_logit_bias()
+        self._check_response_format()
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, object]) -> SamplingParams:
@@ -83,6 +104,11 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def structured(self) -> bool:
+        """Whether a grammar says which tokens may follow."""
+        return self.response_format is not None
 
     def check_vocabulary(self, n_vocab: int) -> None:
         """RequestError when logit_bias or stop_token_ids name a token outside of the vocabulary."""
@@ -124,6 +150,20 @@ class SamplingParams:
             _integer("logit_bias", token_id, 0, 2**31 - 1)
             bias[token_id] = _number(f"logit_bias of token {token_id}", value, -100.0, 100.0)
         self._store("logit_bias", bias)
+
+    def _check_response_format(self) -> None:
+        """Keep what was checked, and none of the caller's objects."""
+        constraint = read_response_format(self.response_format)
+        if constraint is None:
+            self._store("response_format", None)
+            return
+        kind = self.response_format["type"]
+        kept: dict[str, object] = {"type": kind}
+        if kind == "json_schema":
+            kept[kind] = {"schema": json.loads(constraint.text)}
+        elif kind != "json_object":
+            kept[kind] = constraint.text
+        self._store("response_format", kept)
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
@@ -171,6 +211,26 @@ def hash_u32(seed: int, position: int) -> int:
         w = (((h >> ((h >> 28) + 4)) ^ h) * 277803737) & _U32
         h = (w >> 22) ^ w
     return h
+
+
+def mask_words(n_vocab: int, *, allowed: Iterable[int] | None = None, banned: Iterable[int] = ()) -> bytes:
+    """A row of the token mask: ceil(n_vocab / 32) little-endian u32 words, bit set = may be drawn.
+
+    Without `allowed` all tokens but the `banned` may be.
+
+    >>> mask_words(40, allowed=[0, 33]).hex(), mask_words(8, banned=[7]).hex()
+    ('0100000002000000', '7f000000')
+    """
+    n_bytes = -(-n_vocab // 32) * 4
+    if allowed is None:
+        words = bytearray(((1 << n_vocab) - 1).to_bytes(n_bytes, "little"))
+    else:
+        words = bytearray(n_bytes)
+        for token_id in allowed:
+            words[token_id >> 3] |= 1 << (token_id & 7)
+    for token_id in banned:
+        words[token_id >> 3] &= ~(1 << (token_id & 7))
+    return bytes(words)
 
 
 def adjust_logits(
@@ -238,13 +298,17 @@ def sample_reference(
     output_ids: Sequence[int],
     seed: int,
     position: int,
+    allowed: Container[int] | None = None,
 ) -> int:
     """The token at index `position` of a sequence, drawn from the model's `logits` (n_vocab,) for it.
 
-    `position` is the number of tokens before it. Raises ValueError when a logit is NaN or the largest is not
-    finite, which no working model produces.
+    `position` is the number of tokens before it, `allowed` the tokens whose bits are set in the mask. Raises
+    ValueError when a logit is NaN or the largest is not finite: which no working model produces, but a mask
+    that leaves nothing does.
     """
     adjusted = adjust_logits(logits, params, prompt_ids, output_ids)
+    if allowed is not None:
+        adjusted = [x if i in allowed else -math.inf for i, x in enumerate(adjusted)]
     largest = max(adjusted)
     if any(math.isnan(x) for x in adjusted) or not math.isfinite(largest):
         raise ValueError(f"the logits for position {position} hold NaN or have no finite maximum")

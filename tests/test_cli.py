@@ -284,7 +284,7 @@ def test_run_hands_every_sampling_flag_to_the_engine(scripted):
     flags = (
         "--temperature 0.5 --top-k 3 --top-p 0.5 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2"
     )
-    flags += " --frequency-penalty 0.3 --seed 7 --max-tokens 9 --stop a --stop b --ignore-eos"
+    flags += " --frequency-penalty 0.3 --seed 7 --max-tokens 9 --min-tokens 2 --stop a --stop b --ignore-eos"
     assert main(["run", "m.gguf", "hi", *flags.split()]) == 0
     assert engine.asked[0][1] == SamplingParams(
         temperature=0.5,
@@ -296,6 +296,7 @@ def test_run_hands_every_sampling_flag_to_the_engine(scripted):
         frequency_penalty=0.3,
         seed=7,
         max_tokens=9,
+        min_tokens=2,
         stop=("a", "b"),
         ignore_eos=True,
     )

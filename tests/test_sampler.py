@@ -67,6 +67,17 @@ FILTERS = st.builds(
         ("top_k", None, "top_k is None: give a whole number from 0 to 2147483647"),
         ("max_tokens", 0, "max_tokens is 0: give a whole number from 1 to 2147483647 or none"),
         ("top_p", "a" * 1000, f"top_p is '{'a' * 76}...: give a number"),
+        ("n", 0, "n is 0: give a whole number from 1 to 64"),
+        ("n", 65, "n is 65: give a whole number from 1 to 64"),
+        ("n", True, "n is True: give a whole number"),
+        ("logprobs", 5, "logprobs is 5: give true or false"),
+        ("top_logprobs", 21, "top_logprobs is 21: give a whole number from 0 to 20"),
+        ("top_logprobs", 3, "top_logprobs is 3 without logprobs: set logprobs to true"),
+        ("min_tokens", -1, "min_tokens is -1: give a whole number from 0"),
+        ("min_tokens", None, "min_tokens is None: give a whole number from 0"),
+        ("response_format", "json", "response_format is 'json': give an object"),
+        ("response_format", {"type": "yaml"}, "response_format has the type 'yaml': use text, json_object"),
+        ("response_format", {"type": "regex"}, "response_format.regex is None: give a string"),
         ("ignore_eos", 1, "ignore_eos is 1: give true or false"),
         ("ignore_eos", "yes", "ignore_eos is 'yes': give true or false"),
         ("stop", 7, "stop is 7: give a list"),
@@ -119,6 +130,10 @@ def test_the_ends_of_every_range_are_allowed():
         seed=2**32 - 1,
         max_tokens=1,
         stop_token_ids=(0,),
+        n=64,
+        logprobs=True,
+        top_logprobs=20,
+        min_tokens=1,
     )
     SamplingParams(min_p=0, repetition_penalty=0.01, presence_penalty=-2, frequency_penalty=2, seed=0)
 
@@ -141,6 +156,64 @@ def test_values_are_stored_in_one_form_and_cannot_change():
     assert pickle.loads(pickle.dumps(params)) == params
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 1
+
+
+def test_fewer_tokens_allowed_than_asked_for_is_an_error():
+    SamplingParams(min_tokens=3, max_tokens=3)
+    with pytest.raises(RequestError, match="min_tokens is 4 and max_tokens 3: give no more"):
+        SamplingParams(min_tokens=4, max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "json_object"}),
+        ({"type": "regex", "regex": "a+"}, {"type": "regex", "regex": "a+"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": object(), "schema": {"type": "array"}}},
+            {"type": "json_schema", "json_schema": {"schema": {"type": "array"}}},
+        ),
+    ],
+)
+def test_of_a_response_format_what_was_checked_is_kept_and_nothing_else(given, kept):
+    params = SamplingParams(response_format=given)
+    assert params.response_format == kept and params.structured == (kept is not None)
+    if kept and "json_schema" in kept:
+        given["json_schema"]["schema"]["type"] = "object"
+        assert params.response_format == kept
+    assert hash(params) == hash(dataclasses.replace(params)) and dataclasses.replace(params) == params
+
+
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def holding_itself():
+    schema = {}
+    schema["items"] = schema
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (nested(70), "nested more than 64 deep"),
+        (nested(100_000), "nested more than 64 deep"),
+        (holding_itself(), "nested more than 64 deep"),
+        ({"enum": ["x" * 200_000]}, "200,0.. characters as JSON: 131,072 are the limit"),
+        ({"anyOf": [{}] * 5000}, "more than 2,000 subschemas"),
+        ({"minimum": NAN}, "cannot be written as JSON"),
+        ({"const": b"x"}, "cannot be written as JSON"),
+    ],
+)
+def test_a_hostile_schema_is_an_error_of_the_request(schema, message):
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(response_format={"type": "json_schema", "json_schema": {"schema": schema}})
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0, True), (0.0, True), (1e-5, True), (1e-4, False)])

@@ -21,6 +21,7 @@ SAMPLING: tuple[tuple[str, Callable[[str], float | int], float | int | None, str
     ("frequency_penalty", float, 0.0, "taken off for each time that a token occurs in the answer"),
     ("seed", int, None, "same seed, same device: same text (default: a new one each time)"),
     ("max_tokens", int, None, "longest answer (default: what the context holds)"),
+    ("min_tokens", int, 0, "shortest answer: the end-of-text token cannot come before"),
 )
 
 

@@ -8,6 +8,13 @@ from typing import Any
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import View
 
+UNITS = {"coop_matrix": "naga", "subgroup_matrix": "tint"}  # feature -> the words that its compiler has
+
+
+def units_of(features: frozenset[str]) -> str:
+    """How kernels name the matrix units of a device with such features; "" where it has none for them."""
+    return next((words for feature, words in UNITS.items() if feature in features), "")
+
 
 def record(
     r: Recorder, consts: dict[str, Any], views: Sequence[View], m: int, label: str, exact: bool

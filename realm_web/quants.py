@@ -73,6 +73,13 @@ from dataclasses import dataclass
 
 CHUNK = 32  # weights per chunk of the packed layout
 
+
+def activation_words(k: int) -> int:
+    """u32 of a row of k activations in 8 bits (`shaders/lib/ints.wgsl`): bytes, then d and sums by chunk."""
+    chunks = k // CHUNK
+    return 4 * (2 * chunks + (chunks + 1) // 2)
+
+
 WORDS_OF_TYPE = {"u32": 1, "vec2<u32>": 2, "vec4<u32>": 4}  # what a part's binding may be an array of
 
 
@@ -100,6 +107,11 @@ class QuantFormat:
     block_bytes: int  # bytes per ggml block in the file
     parts: tuple[Part, ...]
     grid: str = ""  # the table that its kernels bind after the parts, if any: a key of `grids.GRIDS`
+
+    @property
+    def is_quantised(self) -> bool:
+        """Not plain floats: weights are small integers with scales, or rows of a table."""
+        return self.block_elements > 1
 
     @property
     def n_bindings(self) -> int:

@@ -126,14 +126,14 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def cases() -> Iterator[Case]:
     import attention_cases  # which need this module
     import matmul_cases
+    import matrix_cases
     import moe_cases
     import sampling_cases
     import score_cases
 
     yield from repack_cases()
     yield from embed_cases()
-    yield from norm_cases()
-    yield from matvec_cases()
+    yield from matrix_cases.cases()
     yield from matmul_cases.cases()
     yield from gated_cases()
     yield from attention_cases.cases()
@@ -196,42 +196,6 @@ def embed_cases() -> Iterator[Case]:
             yield case(fmt, "with edge scales", 1024, 0, 100, 1.0, edges, EXACT)
 
 
-def norm_cases() -> Iterator[Case]:
-    for dim, wg, gather, subgroup in (
-        (64, 64, False, 0),
-        (576, 256, False, 0),
-        (96, 64, True, 0),
-        (576, 256, False, -1),
-    ):
-
-        def tensors(rng, dim=dim, gather=gather):
-            step = step_words([(0, 3), (7, 1), (2, 2)], rng=rng)
-            if gather:
-                step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
-            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), normal(rng, 8, dim)]
-
-        consts = {
-            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96, "wg": wg,
-            "subgroup": subgroup, "st": ST,
-        }  # fmt: skip
-        name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' subgroups' * bool(subgroup)}"
-        needs = ("subgroups",) if subgroup else ()
-        yield Case(name, "rmsnorm", consts, tensors, (3,), (8,), SUM, needs=needs, subgroup=subgroup)
-    for n_q, len_q, n_k, len_k, subgroup in ((3, 40, 2, 40, 0), (1, 96, 1, 48, -1)):
-
-        def slices(rng, n_q=n_q, len_q=len_q, n_k=n_k, len_k=len_k):
-            step = step_words([(0, 3), (7, 1)], rng=rng)
-            return [step, normal(rng, 6, 208) * 2, normal(rng, len_q), normal(rng, len_k)]
-
-        consts = {
-            "n_q": n_q, "len_q": len_q, "n_k": n_k, "len_k": len_k, "stride": 208, "eps": 1e-6, "wg": 64,
-            "subgroup": subgroup, "st": ST,
-        }  # fmt: skip
-        needs = ("subgroups",) if subgroup else ()
-        name = f"qk_norm {n_q} x {len_q}, {n_k} x {len_k}"
-        yield Case(name, "qk_norm", consts, slices, (1,), (n_q + n_k, 6), SUM, needs=needs, subgroup=subgroup)
-
-
 def linear_tensors(fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int):
     def tensors(rng):
         step = step_words([(0, m)], rng=rng)
@@ -240,44 +204,6 @@ def linear_tensors(fmt: str, n: int, k: int, m: int, act: str, bias: bool, resid
         return [step, normal(rng, m, k), *weight, *extra, normal(rng, m, stride)]
 
     return tensors, 2 + FORMATS[fmt].n_bindings + bias
-
-
-def matvec_cases() -> Iterator[Case]:
-    def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, subgroup=0, act="", bias=False,
-             residual=False, offset=0, fold=0, scale=1.0, softcap=0.0):  # fmt: skip
-        stride = n + offset
-        tensors, out = linear_tensors(fmt, n, k, m, act, bias, residual, stride)
-        consts = {
-            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
-            "softcap": softcap, "out_stride": stride,
-            "out_offset": offset, "per_seq": False, "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile,
-            "subgroup": subgroup, "grid_x": fold, "st": ST,
-        }  # fmt: skip
-        name = (
-            f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
-            f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
-        )
-        grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
-        return Case(
-            name, "matvec", consts, tensors, (out,), grid, FMA, ("subgroups",) * bool(subgroup), subgroup
-        )
-
-    for fmt in FORMATS:
-        yield case(fmt)
-    for fmt in SHAPES:
-        yield case(fmt, lanes=16, m=3, m_tile=4)
-        yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
-    for fmt in ("Q4_1", "Q4_K", "Q6_K"):
-        yield case(
-            fmt, lanes=-1, subgroup=-1, rows=2, bias=True, residual=True
-        )  # -1: the device's subgroup size
-        yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, m_tile=2)
-        yield case(fmt, lanes=64, subgroup=-1, rows=2, wg=128, m=2, m_tile=2, act="silu_mul")
-    yield case("Q4_1", lanes=16, act="gelu_mul", bias=True, scale=0.25, softcap=0.5, n=41)
-    yield case("Q4_0", lanes=32, rows=4, bias=True, residual=True, n=37, k=576)
-    yield case("Q8_0", lanes=64, rows=1, residual=True, offset=24, m=9, m_tile=8)
-    yield case("F16", lanes=8, rows=2, wg=32, fold=2, n=37)
-    yield case("Q4_K", lanes=1, m=20, m_tile=8, act="silu_mul")
 
 
 def gated_cases() -> Iterator[Case]:
@@ -336,6 +262,10 @@ def error_of(case: Case, got: bytes, want: np.ndarray) -> float:
     """The largest difference relative to the largest value wanted; "u32" counts differing words."""
     if case.dtype == "u32":
         return float((np.frombuffer(got, np.uint32)[: want.size] != want.reshape(-1).view(np.uint32)).sum())
+    if case.dtype.startswith("bytes of "):
+        import matrix_cases
+
+        return matrix_cases.bytes_error(np.frombuffer(got, np.uint32), want, int(case.dtype[9:]))
     kind = {"f16": np.float16, "count": np.uint32}.get(case.dtype, np.float32)
     data = np.frombuffer(got, kind)[: want.size].astype(np.float64)
     flat = want.reshape(-1).view(kind).astype(np.float64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from realm_web import ops
 from realm_web.models.config import ExpertsConfig
-from realm_web.ops import Recorder
+from realm_web.ops import Activations, Recorder
 from realm_web.tensor import Tensor, Weight
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Experts:
     gate_up: tuple[ExpertMatrices, ...]  # one of both, or where their formats differ one of each
     down: ExpertMatrices
 
-    def record(self, r: Recorder, x: Tensor, out: Tensor, *, act: str, residual: bool, scale: float) -> None:
+    def record(
+        self, r: Recorder, x: Activations, out: Tensor, *, act: str, residual: bool, scale: float
+    ) -> None:  # fmt: skip
         """out = scale * what the chosen experts make of each row, weighted and summed; += with residual."""
         c, down = self.config, self.down
         logits = r.scratch("router", r.n_rows, c.n_experts)

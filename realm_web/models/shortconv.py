@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from realm_web import ops
-from realm_web.ops import Recorder, State
+from realm_web.ops import Activations, Recorder, State
 from realm_web.runtime.device import Device
 from realm_web.tensor import PART_ALIGNMENT, Tensor
 
@@ -26,7 +26,7 @@ class ShortConv:
     conv: Tensor  # (dim, l_cache)
     output: Linear
 
-    def record(self, r: Recorder, x: Tensor, state: State) -> Tensor:
+    def record(self, r: Recorder, x: Activations, state: State) -> Tensor:
         dim = self.conv.shape[0]
         bcx = r.scratch("bcx", r.n_rows, 3 * dim)
         out = r.scratch("convolved", r.n_rows, dim)

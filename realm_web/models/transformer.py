@@ -16,7 +16,7 @@ from realm_web.gguf import GGUFFile, TensorInfo, show
 from realm_web.models.config import LayerKind, ModelConfig
 from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
-from realm_web.ops import Pages, Recorder, Rope, State
+from realm_web.ops import Activations, Pages, Recorder, Rope, State
 from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device, View
 from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
@@ -37,7 +37,8 @@ class Linear:
     n: int
     bias: Tensor | None
 
-    def record(self, r: Recorder, x: Tensor, out: Tensor, **options) -> None:
+    def record(self, r: Recorder, x: Tensor | Activations, out: Tensor, **options) -> None:
+        x = Activations.of(x)
         for weight, offset in self.weights:
             ops.linear(r, x, weight, out, bias=self.bias, out_offset=offset, **options)
 
@@ -56,7 +57,7 @@ class FeedForward:
     fused_act: bool  # gate and up are one weight and have no bias: the product itself applies act(gate) * up
     down: Linear
 
-    def record(self, r: Recorder, x: Tensor, out: Tensor, *, act: str, **options) -> None:
+    def record(self, r: Recorder, x: Activations, out: Tensor, *, act: str, **options) -> None:
         hidden = r.scratch("hidden", r.n_rows, self.gate_up.n // 2)
         if self.fused_act:
             self.gate_up.record(r, x, hidden, act=act)
@@ -126,22 +127,21 @@ class Transformer:
         x = r.scratch("x", r.n_rows, c.dim)
         ops.embed(r, self.token_embd, x, c.embedding_scale)
         for layer, kind, kept in zip(self.layers, c.layers, memory, strict=True):
-            normed = self._normed(r, layer.attn_norm, x)
+            normed = self._normed(layer.attn_norm, x)
             if isinstance(layer.mixer, ShortConv):
                 mixed = layer.mixer.record(r, normed, kept)
             else:
                 mixed = self._record_attention(r, layer.mixer, kind, normed, kept, ropes[kind.rope])
             self._add(r, partial(layer.mixer.output.record, r, mixed), layer.attn_post_norm, x)
-            normed = self._normed(r, layer.ffn_norm, x)
+            normed = self._normed(layer.ffn_norm, x)
             self._add(r, partial(layer.ffn.record, r, normed, act=c.arch.act), layer.ffn_post_norm, x)
         return x
 
     def record_logits(self, r: Recorder, x: Tensor) -> Tensor:
         """The logits (n_seqs, n_vocab) of the rows of x (n_rows, dim) from which tokens are drawn."""
         c = self.config
-        last = r.scratch("last", r.n_seqs, c.dim)
+        last = Activations(x, self.output_norm, c.norm_eps, name="last", gather=True)
         logits = r.scratch("logits", r.n_seqs, c.n_vocab)
-        ops.rmsnorm(r, x, self.output_norm, last, c.norm_eps, gather=True)
         ops.linear(r, last, self.output, logits, per_seq=True, scale=c.logit_scale, softcap=c.logit_softcap)
         return logits
 
@@ -158,7 +158,7 @@ class Transformer:
         ops.pool(r, x, self.output_norm, kept, out, eps=self.config.norm_eps)
 
     def _record_attention(
-        self, r: Recorder, attention: Attention, kind: LayerKind, x: Tensor, pages: Pages, rope: Rope
+        self, r: Recorder, attention: Attention, kind: LayerKind, x: Activations, pages: Pages, rope: Rope
     ) -> Tensor:  # fmt: skip
         c, n_heads = self.config, kind.n_heads
         qkv = r.scratch("qkv", r.n_rows, attention.qkv.n)
@@ -175,12 +175,8 @@ class Transformer:
         )  # fmt: skip
         return attended
 
-    def _normed(self, r: Recorder, weight: Tensor | None, x: Tensor) -> Tensor:
-        if weight is None:
-            return x
-        normed = r.scratch("normed", *x.shape)
-        ops.rmsnorm(r, x, weight, normed, self.config.norm_eps)
-        return normed
+    def _normed(self, weight: Tensor | None, x: Tensor) -> Activations:
+        return Activations(x, weight, self.config.norm_eps, name="normed")
 
     def _add(
         self, r: Recorder, record: Callable[..., None], post_norm: Tensor | None, x: Tensor

@@ -4,6 +4,7 @@ Knows the limits of the device and no architecture. A variant is a set of templa
 all of them compute the same function.
 """
 
+from realm_web.ops.activations import Activations
 from realm_web.ops.attend import Pages, Rope, attention, query_tile, rope_store
 from realm_web.ops.matrices import MATVEC_ROWS, linear
 from realm_web.ops.moe import experts, route
@@ -13,7 +14,7 @@ from realm_web.ops.sampling import sample
 from realm_web.ops.score import pool, row_scores
 
 __all__ = [
-    "MATVEC_ROWS", "Pages", "Recorder", "Rope", "State", "attention", "embed", "experts",
+    "MATVEC_ROWS", "Activations", "Pages", "Recorder", "Rope", "State", "attention", "embed", "experts",
     "gated", "linear", "pool", "qk_norm", "query_tile", "rmsnorm", "rope_store", "route", "row_scores",
     "sample", "short_conv",
 ]  # fmt: skip

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from realm_web.ops import matmuls
+from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
 
 MATVEC_ROWS = 8  # up to so many rows the matrix-vector kernel reads the weights once for all of them
+
+
+OWN_BYTES = 16 << 10  # of workgroup memory that a workgroup may use to make its own activations
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Matvec:
     wg: int
     m_tile: int
     subgroup: int
+    unroll: int = 1  # chunks of each row that a thread has under way
 
     def grid(self, device: Device, n: int, m: int) -> tuple[tuple[int, int, int], int]:
         """The grid, and how wide its first dimension is folded."""
@@ -29,12 +34,14 @@ class Matvec:
         return (x, -(-m // self.m_tile), -(-blocks // x)), x
 
 
-def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
+def choose_matvec(device: Device, n: int, k: int, m: int, *, ints: bool = False, act: bool = False) -> Matvec:
     """Defaults measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
     m_tile = min(MATVEC_ROWS, 1 << (m - 1).bit_length())
     if device.info.is_cpu:  # no barriers, no reductions: a thread per row
         return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
     size = device.subgroup_size
+    if ints:
+        return _choose_ints(size or 16, n * (1 + act), k, m_tile, subgroup=size)
     if not size:
         return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
     if n * k < 1 << 22 or m_tile > 2:  # too few rows to fill the GPU, or too many sums for the registers
@@ -44,9 +51,19 @@ def choose_matvec(device: Device, n: int, k: int, m: int) -> Matvec:
     return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
 
 
+def _choose_ints(size: int, n: int, k: int, m_tile: int, *, subgroup: int) -> Matvec:
+    """Few rows of weights are spread over more lanes, so that enough loads are under way everywhere."""
+    lanes = size if n >= 8192 or k < 64 * size else 2 * size
+    turns = k // 32 // lanes
+    if m_tile > 1:
+        rows = 1 if n >= 8192 else 2
+        return Matvec(lanes, rows, wg=max(128, lanes), m_tile=m_tile, subgroup=subgroup)
+    return Matvec(lanes, 1, wg=max(256, lanes), m_tile=1, subgroup=subgroup, unroll=2 if turns >= 2 else 1)
+
+
 def linear(
     r: Recorder,
-    x: Tensor,
+    x: Tensor | Activations,
     weight: Weight,
     out: Tensor,
     *,
@@ -64,6 +81,7 @@ def linear(
     `exact`: all in float32, where choices hang on the result.
     """
     m = r.n_seqs if per_seq else r.n_rows
+    x = Activations.of(x)
     for shard in weight.shards:
         n = shard.n_rows // 2 if act else shard.n_rows
         consts = {
@@ -72,14 +90,32 @@ def linear(
             "out_offset": out_offset + shard.first_row,
             "st": r.layout,
         }  # fmt: skip
-        views = [r.step, x, *shard.parts, *([bias] if bias else []), out]
+        after = (*shard.parts, *([bias] if bias else []), out)
         if m > MATVEC_ROWS and not r.device.info.is_cpu and not per_seq:
-            matmuls.record(r, consts, views, m, weight.label, exact)
-        else:
-            tuning = choose_matvec(r.device, n, weight.k, m)
-            grid, fold = tuning.grid(r.device, n, m)
-            kernel = r.device.kernel(
-                "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
-                m_tile=tuning.m_tile, subgroup=tuning.subgroup, grid_x=fold,
-            )  # fmt: skip
-            r.add(kernel, views, grid, f"{kernel.name} {weight.label}")
+            matmuls.record(r, consts, [r.step, x.floats(r), *after], m, weight.label, exact)
+            continue
+        ints = r.ints and weight.fmt.is_quantised and not exact
+        tuning = choose_matvec(r.device, n, weight.k, m, ints=ints, act=bool(act))
+        x_as, before = _input(r, x, n, m, ints)
+        grid, fold = tuning.grid(r.device, n, m)
+        kernel = r.device.kernel(
+            "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
+            m_tile=tuning.m_tile, unroll=tuning.unroll, subgroup=tuning.subgroup, grid_x=fold,
+            x_as=x_as, eps=x.eps if x_as == "norm" else 0.0,
+        )  # fmt: skip
+        nbytes = sum(part.nbytes for part in shard.parts)
+        r.add(kernel, (r.step, *before, *after), grid, f"{kernel.name} {weight.label}", nbytes=nbytes)
+
+
+def _input(r: Recorder, x: Activations, n: int, m: int, ints: bool) -> tuple[str, tuple[Tensor, ...]]:
+    """How the kernel takes its activations, and what it binds for them.
+
+    One row is brought into bytes by every workgroup anew: that costs less than a dispatch, unless there are
+    many workgroups or their memory is small.
+    """
+    if not ints:
+        return "f32", (x.floats(r),)
+    own = 5 * x.k // 4 + 512
+    if m > 1 or x.gather or own > min(OWN_BYTES, r.device.limits.max_shared - 4096):
+        return "ints", (x.bytes(r),)
+    return ("norm", (x.x, x.norm)) if x.norm else ("quantise", (x.x,))

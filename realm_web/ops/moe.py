@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from realm_web.ops.activations import Activations
 from realm_web.ops.matrices import Matvec
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import Device
@@ -27,7 +28,7 @@ def route(r: Recorder, logits: Tensor, routes: Tensor, *, renormalise: bool) -> 
 
 def experts(
     r: Recorder,
-    x: Tensor,
+    x: Tensor | Activations,
     weight: Weight,
     routes: Tensor,
     out: Tensor,
@@ -60,5 +61,5 @@ def experts(
             "moe_matvec", **consts, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
             subgroup=tuning.subgroup, grid_x=fold,
         )  # fmt: skip
-        views = (r.step, x, routes, *shard.parts, *([bias] if bias else []), out)
+        views = (r.step, Activations.of(x).floats(r), routes, *shard.parts, *([bias] if bias else []), out)
         r.add(kernel, views, grid, f"{kernel.name} {weight.label}")

@@ -24,6 +24,12 @@ class Recorder:
     qt: int  # query rows per attention tile
     splits: int  # of the context, in attention
     arena: dict[str, Tensor]  # scratch by name, shared by all programs of an engine
+    exact: bool | None = None  # activations of products stay float32; None: on software devices only
+
+    @property
+    def ints(self) -> bool:
+        """Whether products take activations of 8 bits: of llama.cpp's precision, and twice as fast."""
+        return not (self.device.info.is_cpu if self.exact is None else self.exact)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """A float32 scratch tensor; same name, same memory, so a layer's lives until the next one's."""

@@ -35,12 +35,15 @@ def embed(r: Recorder, weight: Weight, out: Tensor, scale: float = 1.0) -> None:
 
 def rmsnorm(
     r: Recorder, x: Tensor, weight: Tensor, out: Tensor, eps: float, *,
-    gather: bool = False, residual: bool = False,
+    gather: bool = False, residual: bool = False, ints: bool = False,
 ) -> None:  # fmt: skip
-    """out = norm(x) * weight, or += with residual. gather: out's rows are those that draw a token."""
+    """out = norm(x) * weight, or += with residual. gather: out's rows are those that draw a token.
+
+    With `ints` out's rows are bytes and scales, `activation_words(dim)` of them.
+    """
     wg = 64 if r.device.info.is_cpu else 256
     kernel = r.device.kernel(
-        "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, wg=wg,
+        "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, ints=ints, wg=wg,
         subgroup=r.device.subgroup_size,
         st=r.layout,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from realm_web import dequant
-from realm_web.quants import FORMATS
+from realm_web.quants import CHUNK, FORMATS, activation_words
 
 Twin = Callable[[dict[str, Any], list[np.ndarray]], None]
 TWINS: dict[str, Twin] = {}
@@ -140,7 +140,8 @@ def embed(c: dict, views: list[np.ndarray]) -> None:
 @twin
 def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim = Views(views), c["st"], c["dim"]
-    step, x, weight, out = v.u32(), v.f32(-1, dim), v.f32(dim), v.f32(-1, dim)
+    step, x, weight = v.u32(), v.f32(-1, dim), v.f32(dim)
+    out = v.u32(-1, activation_words(dim)) if c["ints"] else v.f32(-1, dim)
     if c["gather"]:
         rows = records_of(step, st, st.LOGITS_ROW).astype(np.int64)
         to = np.flatnonzero(rows != NONE)
@@ -148,9 +149,66 @@ def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
     else:
         to = rows = np.arange(int(step[st.N_ROWS]))
     x = x[rows]
-    scale = 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True, dtype=np.float32) + np.float32(c["eps"]))
-    normed = x * scale * weight
+    if c["ints"]:
+        put_bytes(out, to, *to_bytes(x * weight), rms_factor(x, c["eps"]))
+        return
+    normed = x * rms_factor(x, c["eps"]) * weight
     out[to] = out[to] + normed if c["residual"] else normed
+
+
+@twin
+def quantise(c: dict, views: list[np.ndarray]) -> None:
+    v, st, k = Views(views), c["st"], c["k"]
+    step, x, out = v.u32(), v.f32(-1, k), v.u32(-1, activation_words(k))
+    n = int(step[st.N_SEQS if c["per_seq"] else st.N_ROWS]) * c["times"]
+    put_bytes(out, slice(n), *to_bytes(x[:n]))
+
+
+def rms_factor(x: np.ndarray, eps: float) -> np.ndarray:
+    return 1 / np.sqrt(np.mean(x * x, axis=1, keepdims=True, dtype=np.float32) + np.float32(eps))
+
+
+def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows x (m, k) as int8 (m, k / 32, 32), and d (m, k / 32): x is about d * byte."""
+    chunks = x.reshape(len(x), -1, CHUNK)
+    top = np.abs(chunks).max(axis=2)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        per_d = np.where(top > np.float32(1e-30), np.float32(127) / top, np.float32(0))
+        values = np.rint(chunks * per_d[..., None])
+        return np.nan_to_num(values).astype(np.int8), top / np.float32(127)
+
+
+def put_bytes(out: np.ndarray, rows: Any, q: np.ndarray, d: np.ndarray, factor: Any = 1) -> None:
+    """Into rows of `out` (., activation_words) u32, the scales times `factor` (m, 1)."""
+    m, chunks, _ = q.shape
+    words = np.zeros((m, activation_words(chunks * CHUNK)), np.uint32)
+    planes = np.ascontiguousarray(q.reshape(m, chunks, 2, 16).transpose(0, 2, 1, 3))
+    words[:, : 8 * chunks] = planes.reshape(m, -1).view(np.uint32)
+    sums = q.reshape(m, chunks, 2, 16).sum(axis=3, dtype=np.int16)
+    words[:, 8 * chunks : 10 * chunks : 2] = (d * factor).astype(np.float32).view(np.uint32)
+    words[:, 8 * chunks + 1 : 10 * chunks : 2] = sums.reshape(m, -1).view(np.uint32)
+    out[rows] = words
+
+
+def from_bytes(words: np.ndarray, k: int) -> np.ndarray:
+    """Rows (m, activation_words) u32 as float32 (m, k)."""
+    m, chunks = len(words), k // CHUNK
+    planes = np.ascontiguousarray(words[:, : 8 * chunks]).view(np.int8).reshape(m, 2, chunks, 16)
+    d = np.ascontiguousarray(words[:, 8 * chunks : 10 * chunks : 2]).view(np.float32)
+    return (planes.transpose(0, 2, 1, 3).reshape(m, chunks, CHUNK) * d[..., None]).reshape(m, k)
+
+
+def activations(c: dict, v: Views, rows: int) -> np.ndarray:
+    """The first rows of x as a product takes them: (rows, k) float32, of 8 bits where the kernel has that."""
+    k, kind = c["k"], c.get("x_as", "f32")
+    if kind == "ints":
+        return from_bytes(v.u32(-1, activation_words(k))[:rows], k)
+    x = v.f32(-1, k)[:rows]
+    if kind == "f32":
+        return x
+    q, d = to_bytes(x * v.f32(k) if kind == "norm" else x)
+    d = d * rms_factor(x, c["eps"]) if kind == "norm" else d
+    return (q * d[..., None]).reshape(rows, k)
 
 
 @twin
@@ -169,10 +227,10 @@ def qk_norm(c: dict, views: list[np.ndarray]) -> None:
 @twin
 def matvec(c: dict, views: list[np.ndarray]) -> None:
     v, st, n, k = Views(views), c["st"], c["n"], c["k"]
-    step, x = v.u32(), v.f32(-1, k)
-    weight = v.weight(c["fmt"], n * (2 if c["act"] else 1), k)
+    step = v.u32()
     m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
-    y = weight.product(x[:m])  # (m, n)
+    x = activations(c, v, m)
+    y = v.weight(c["fmt"], n * (2 if c["act"] else 1), k).product(x)  # (m, n)
     if c["act"]:
         y = ACTIVATIONS[c["act"]](y[:, :n], y[:, n:])
     columns = slice(c["out_offset"], c["out_offset"] + n)

@@ -1,22 +1,39 @@
 // out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for a few rows m: `lanes` threads share one weight row.
-// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
-// out (n_rows, out_stride) f32, which is added to with `residual`
+// step;  x (n_rows, k) f32, or with x_as "ints" rows of lib/ints.wgsl;  [norm (k,) f32];  weight (n, k) or (2n, k) with act;
+// [bias (out_stride,) f32];  out (n_rows, out_stride) f32, which is added to with `residual`
 // act "silu_mul", "gelu_mul": the epilogue's first value is w[n] . x (gate), its second w[n_total + n] . x (up).
-// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens), st;
-// tuning: m_tile rows of x at a time; lanes per weight row; rows per lane group; wg threads; subgroup size or 0
+// x_as "quantise": each workgroup brings its row of x into 8 bits by itself; "norm": and norms it first, with `eps`
+// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
+// x_as, eps, st;
+// tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; unroll
+// chunks of each at a time; wg threads; subgroup size or 0
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
 # import "lib/epilogue.wgsl" as epilogue
+# import "lib/ints.wgsl" as ints
+# import "lib/quantise.wgsl" as quantise
+# import "lib/reduce.wgsl" as reduce
+# set own = x_as in ("quantise", "norm")
+# set chunks = k // 32
+# set parts = 2 if act else 1
 # set groups = wg // lanes
-# set n_acc = rows * m_tile * (2 if act else 1)
+# set n_acc = rows * m_tile * parts
 # set in_subgroup = subgroup and lanes <= subgroup
 # set across = subgroup and lanes > subgroup
 # set partials = (wg // subgroup) if across else wg
-{{ "enable subgroups;" if subgroup and lanes > 1 }}
+{{ "enable subgroups;" if subgroup and (lanes > 1 or own) }}
 {{ bind("step", "u32") }}
-{{ bind("x", "vec4<f32>") }}
-{{ weight("w", fmt) }}
+{{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
+{{ bind("norm", "vec4<f32>") if x_as == "norm" }}
+{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt) }}
 {{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_SEQS if per_seq else st.N_ROWS) }}
 
+# if own
+{{ ints.own_activations("x", k) }}
+{{ quantise.functions() }}
+{{ reduce.workgroup_reduce("sum", "add", wg, subgroup) if x_as == "norm" }}
+# elif x_as == "ints"
+{{ ints.activations("x", k) }}
+# endif
 # if lanes > 1 and not in_subgroup
 var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 # endif
@@ -30,12 +47,13 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let lane = lid % {{ lanes }}u;
   let n0 = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + lid / {{ lanes }}u) * {{ rows }}u;
   # for r in range(rows)
-  let chunk{{ r }} = min(n0 + {{ r }}u, {{ n - 1 }}u) * {{ k // 32 }}u;
+  let chunk{{ r }} = min(n0 + {{ r }}u, {{ n - 1 }}u) * {{ chunks }}u;
   # endfor
   # for a in range(n_acc)
   var acc{{ a }} = 0.0;
   # endfor
-  for (var c = lane; c < {{ k // 32 }}u; c += {{ lanes }}u) {
+  # if x_as == "f32"
+  for (var c = lane; c < {{ chunks }}u; c += {{ lanes }}u) {
     # if m_tile == 1
     let at = m0 * {{ k // 4 }}u + c * 8u;
     # for i in range(8)
@@ -45,7 +63,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # for r in range(rows)
     # for part in range(2 if act else 1)
     {
-      let v = w_decode(chunk{{ r }} + {{ part * n * (k // 32) }}u + c);
+      let v = w_decode(chunk{{ r }} + {{ part * n * chunks }}u + c);
       # for m in range(m_tile)
       # set a = (r * m_tile + m) * (2 if act else 1) + part
       # if m_tile == 1
@@ -59,6 +77,61 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endfor
     # endfor
   }
+  # else
+  # macro fetch(at, ragged)
+    # for u in range(unroll)
+    let c{{ u }} = {{ at }} + {{ u * lanes }}u;
+    # for r in range(rows)
+    # for part in range(parts)
+    let w{{ u }}_{{ r }}_{{ part }} = w_fetch(chunk{{ r }} + {{ part * n * chunks }}u + {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
+    # endfor
+    # endfor
+    # endfor
+  # endmacro
+  # macro add(ragged)
+    # for u in range(unroll)
+    # for m in range(m_tile)
+    {{ "var" if ragged else "let" }} x{{ u }}_{{ m }} = x_fetch(m0 + {{ m }}u, {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
+    # if ragged
+    x{{ u }}_{{ m }}.d = select(0.0, x{{ u }}_{{ m }}.d, c{{ u }} < {{ chunks }}u);
+    # endif
+    # endfor
+    # for r in range(rows)
+    # for part in range(parts)
+    {
+      let v = w_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
+      # for m in range(m_tile)
+      acc{{ (r * m_tile + m) * parts + part }} += product(v, x{{ u }}_{{ m }});
+      # endfor
+    }
+    # endfor
+    # endfor
+    # endfor
+  # endmacro
+  # set span = lanes * unroll
+  # set whole = chunks // span
+  // the first weights are under way before the activations are made
+{{ fetch("lane", whole == 0) }}
+  # if own
+{{ quantise.own_row("x", "m0", k, wg, subgroup, "norm" if x_as == "norm" else "", eps, ints.plane(k) | int) }}
+  # endif
+  {
+{{ add(whole == 0) }}
+  }
+  # if whole > 1
+  for (var c = lane + {{ span }}u; c < {{ whole * span }}u; c += {{ span }}u) {
+{{ fetch("c", false) }}
+{{ add(false) }}
+  }
+  # endif
+  # if whole and chunks % span
+  {
+    let c = lane + {{ whole * span }}u;
+{{ fetch("c", true) }}
+{{ add(true) }}
+  }
+  # endif
+  # endif
   # if lanes == 1
   # for r in range(rows)
   # for m in range(m_tile)
@@ -105,7 +178,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endif
   workgroupBarrier();
   # set each = partials // groups
-  # set parts = 2 if act else 1
   for (var o = lid; o < {{ groups * rows * m_tile }}u; o += {{ wg }}u) {
     let group = o % {{ groups }}u;
     let a = o / {{ groups }}u;  // r * m_tile + m

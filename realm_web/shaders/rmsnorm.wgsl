@@ -1,13 +1,17 @@
 // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, added to out with `residual`
 // step;  x (n_rows, dim) f32;  weight (dim,) f32;  out (n_rows, dim) f32
 // With `gather`, row r of the output is the row of x from which sequence r draws a token (0 where it draws none).
-// constants: dim, eps, gather, residual, wg, subgroup, st;  grid: (n_rows, 1, 1)
+// With `ints` out is in 8 bits (lib/ints.wgsl).
+// constants: dim, eps, gather, residual, ints, wg, subgroup, st;  grid: (n_rows, 1, 1)
 # import "lib/reduce.wgsl" as lib
+# import "lib/ints.wgsl" as rows
+# import "lib/quantise.wgsl" as quantise
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
 {{ bind("weight", "vec4<f32>") }}
-{{ bind("out", "vec4<f32>", "read_write") }}
+{{ bind("out", "vec2<u32>" if ints else "vec4<f32>", "read_write") }}
+{{ quantise.functions() if ints }}
 
 {{ lib.workgroup_reduce("sum", "add", wg, subgroup) }}
 
@@ -33,9 +37,20 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let v = x[base + i];
     squares += dot(v, v);
   }
-  let scale = inverseSqrt(sum(squares, lid) / {{ dim }}.0 + {{ "%.9g" % eps }});
+  let factor = inverseSqrt(sum(squares, lid) / {{ dim }}.0 + {{ "%.9g" % eps }});
+  # if ints
+  let to = wid.x * {{ 2 * (rows.row_vec4s(dim) | int) }}u;
+  for (var c = lid; c < {{ dim // 32 }}u; c += {{ wg }}u) {
+    # for i in range(8)
+    let v{{ i }} = x[base + c * 8u + {{ i }}u] * weight[c * 8u + {{ i }}u];
+    # endfor
+{{ quantise.chunk() }}
+{{ quantise.write("out", "to", "c", dim, " * factor") }}
+  }
+  # else
   for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
     let at = wid.x * {{ dim // 4 }}u + i;
-    out[at] = {{ "out[at] + " if residual }}x[base + i] * scale * weight[i];
+    out[at] = {{ "out[at] + " if residual }}x[base + i] * factor * weight[i];
   }
+  # endif
 }

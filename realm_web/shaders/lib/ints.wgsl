@@ -48,6 +48,27 @@ fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
 }
 # endmacro
 
+{# Activations of one row that the workgroup makes for itself: a plane for each of the 8 words of a chunk, one of d, one of
+   sums. Planes are 4 words apart modulo 32, so that the lanes that write a chunk meet no bank twice. #}
+# macro plane(k)
+{{ k // 32 + (4 - k // 32) % 32 }}
+# endmacro
+
+# macro own_activations(x, k)
+# set p = plane(k) | trim | int
+var<workgroup> {{ x }}_own: array<u32, {{ 10 * p }}>;
+
+fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
+  return Activations(
+  # for first in (0, 4)
+    vec4<u32>({% for i in range(first, first + 4) %}{{ x }}_own[c + {{ i * p }}u]{{ ", " if not loop.last }}{% endfor %}),
+  # endfor
+    bitcast<f32>({{ x }}_own[c + {{ 8 * p }}u]),
+    two_sums({{ x }}_own[c + {{ 9 * p }}u])
+  );
+}
+# endmacro
+
 # macro product(offset, halves, minimum)
 fn product(w: Ints, x: Activations) -> f32 {
 # if halves

@@ -51,3 +51,64 @@ fn sums_word(a: i32, b: i32) -> u32 {
   half += subgroupShuffleXor(half, 2u);
   let sums = sums_word(half, subgroupShuffleXor(half, 4u));
 # endmacro
+
+{# Row m of x, normed with the weights `norm` if there are any, into `x_own` of `lib/ints.wgsl`, by the whole workgroup. #}
+# macro own_row(x, m, k, wg, subgroup, norm, eps, plane)
+# set quads = k // 4
+# if subgroup >= 8
+# set batch = [(quads + wg - 1) // wg, 4 if not norm else quads] | min
+  for (var first = 0u; first < {{ quads }}u; first += {{ batch * wg }}u) {
+# for t in range(batch)
+    let i{{ t }} = first + lid + {{ t * wg }}u;
+    let x{{ t }} = {{ x }}[{{ m }} * {{ quads }}u + min(i{{ t }}, {{ quads - 1 }}u)];
+# endfor
+# if norm
+    let all = {% for t in range(batch) %}select(0.0, dot(x{{ t }}, x{{ t }}), i{{ t }} < {{ quads }}u){{ " + " if not loop.last }}{% endfor %};
+    let factor = inverseSqrt(sum(all, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
+# endif
+# for t in range(batch)
+    {
+      let v = x{{ t }}{{ " * %s[min(i%d, %du)]" % (norm, t, quads - 1) if norm }};
+{{ chunk_of_lanes() }}
+      if (i{{ t }} < {{ quads }}u) {
+        {{ x }}_own[(i{{ t }} & 7u) * {{ plane }}u + (i{{ t }} >> 3u)] = q;
+        if ((i{{ t }} & 7u) == 0u) {
+          {{ x }}_own[{{ 8 * plane }}u + (i{{ t }} >> 3u)] = bitcast<u32>(d{{ " * factor" if norm }});
+          {{ x }}_own[{{ 9 * plane }}u + (i{{ t }} >> 3u)] = sums;
+        }
+      }
+    }
+# endfor
+  }
+# else
+# if norm
+  var squares = 0.0;
+  for (var i = lid; i < {{ quads }}u; i += {{ wg }}u) {
+    let v = {{ x }}[{{ m }} * {{ quads }}u + i];
+    squares += dot(v, v);
+  }
+  let factor = inverseSqrt(sum(squares, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
+# endif
+  for (var c = lid; c < {{ k // 32 }}u; c += {{ wg }}u) {
+# for i in range(8)
+    let v{{ i }} = {{ x }}[{{ m }} * {{ quads }}u + c * 8u + {{ i }}u]{{ " * %s[c * 8u + %du]" % (norm, i) if norm }};
+# endfor
+{{ chunk() }}
+# for i in range(8)
+    {{ x }}_own[c + {{ i * plane }}u] = q{{ i }};
+# endfor
+    {{ x }}_own[c + {{ 8 * plane }}u] = bitcast<u32>(d{{ " * factor" if norm }});
+    {{ x }}_own[c + {{ 9 * plane }}u] = sums;
+  }
+# endif
+  workgroupBarrier();
+# endmacro
+
+{# A chunk made by `chunk()` as chunk c of a row that begins at vec2 `row` of the binding `out`. #}
+# macro write(out, row, c, k, factor="")
+  {{ out }}[{{ row }} + 2u * {{ c }}] = vec2<u32>(q0, q1);
+  {{ out }}[{{ row }} + 2u * {{ c }} + 1u] = vec2<u32>(q2, q3);
+  {{ out }}[{{ row }} + 2u * {{ c }} + {{ k // 16 }}u] = vec2<u32>(q4, q5);
+  {{ out }}[{{ row }} + 2u * {{ c }} + {{ k // 16 + 1 }}u] = vec2<u32>(q6, q7);
+  {{ out }}[{{ row }} + {{ c }} + {{ k // 8 }}u] = vec2<u32>(bitcast<u32>(d{{ factor }}), sums);
+# endmacro

@@ -1,0 +1,64 @@
+"""Activations on their way into products, in the form that a product takes.
+
+As float32, or as bytes with a scale for every 32 (`shaders/lib/ints.wgsl`); normed first where there is a
+norm. Each form is recorded when it is first asked for, once; a product of one row may ask for neither, and
+make its own (`matvec.wgsl`).
+"""
+
+from __future__ import annotations
+
+from realm_web.ops.recorder import Recorder
+from realm_web.ops.rows import rmsnorm
+from realm_web.quants import activation_words
+from realm_web.tensor import Tensor
+
+
+class Activations:
+    """Rows of x, (n, k), normed with the weights `norm` if there are any.
+
+    `gather`: those of the last norm, from which tokens are drawn, one for each sequence. `name` is of the
+    scratch memory.
+    """
+
+    def __init__(
+        self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, *, name: str = "", gather: bool = False
+    ):  # fmt: skip
+        self.x, self.norm, self.eps, self.gather = x, norm, eps, gather
+        self._name = name or "activations"
+        self._floats: Tensor | None = None if norm else x
+        self._bytes: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor | Activations) -> Activations:
+        return x if isinstance(x, Activations) else cls(x)
+
+    @property
+    def k(self) -> int:
+        return self.x.shape[-1]
+
+    def floats(self, r: Recorder) -> Tensor:
+        """(n, k) f32."""
+        if self._floats is None:
+            self._floats = r.scratch(self._name, self._n(r), self.k)
+            rmsnorm(r, self.x, self.norm, self._floats, self.eps, gather=self.gather)
+        return self._floats
+
+    def bytes(self, r: Recorder) -> Tensor:
+        """n rows of `activation_words(k)`."""
+        if self._bytes is None:
+            self._bytes = r.scratch(f"{self._name} in bytes", self._n(r), activation_words(self.k))
+            if self.norm and self._floats is None:
+                rmsnorm(r, self.x, self.norm, self._bytes, self.eps, gather=self.gather, ints=True)
+            else:
+                self._quantise(r, self.floats(r), self._bytes)
+        return self._bytes
+
+    def _n(self, r: Recorder) -> int:
+        return r.n_seqs if self.gather else self.x.shape[0]
+
+    def _quantise(self, r: Recorder, x: Tensor, out: Tensor) -> None:
+        n = self._n(r)
+        kernel = r.device.kernel(
+            "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather, st=r.layout
+        )
+        r.add(kernel, (r.step, x, out), (-(-n * self.k // 32 // 64),), f"quantise {self._name}")

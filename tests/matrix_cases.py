@@ -1,0 +1,170 @@
+"""Cases of the kernels that multiply few rows, and of those that make activations for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from kernel_cases import FMA, SHAPES, ST, SUM, Case, normal, packed, step_words
+
+from realm_web.quants import FORMATS, activation_words
+from realm_web.runtime.cpu_kernels import from_bytes, put_bytes, to_bytes
+from realm_web.step import NONE
+
+FLOATS = ("F32", "F16", "BF16")
+# A value at the middle between two bytes may go to either, a step of d apart; the largest of a chunk is 127 d.
+STEP = 1.01 / 127
+
+
+def cases() -> Iterator[Case]:
+    yield from norm_cases()
+    yield from quantise_cases()
+    yield from matvec_cases()
+
+
+def norm_cases() -> Iterator[Case]:
+    for dim, wg, gather, ints, subgroup in (
+        (64, 64, False, False, 0),
+        (576, 256, False, False, 0),
+        (96, 64, True, False, 0),
+        (576, 256, False, False, -1),
+        (576, 256, False, True, -1),
+        (96, 64, True, True, 0),
+    ):
+
+        def tensors(rng, dim=dim, gather=gather, ints=ints):
+            step = step_words([(0, 3), (7, 1), (2, 2)], rng=rng)
+            if gather:
+                step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
+            out = np.zeros((8, activation_words(dim)), np.uint32) if ints else normal(rng, 8, dim)
+            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), out]
+
+        consts = {
+            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96 and not ints, "ints": ints,
+            "wg": wg, "subgroup": subgroup, "st": ST,
+        }  # fmt: skip
+        name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' to bytes' * ints}{' subgroups' * bool(subgroup)}"
+        needs = ("subgroups",) if subgroup else ()
+        tolerance, dtype = (STEP, f"bytes of {dim}") if ints else (SUM, "f32")
+        yield Case(
+            name, "rmsnorm", consts, tensors, (3,), (8,), tolerance, needs, subgroup=subgroup, dtype=dtype
+        )
+    for n_q, len_q, n_k, len_k, subgroup in ((3, 40, 2, 40, 0), (1, 96, 1, 48, -1)):
+
+        def slices(rng, n_q=n_q, len_q=len_q, n_k=n_k, len_k=len_k):
+            step = step_words([(0, 3), (7, 1)], rng=rng)
+            return [step, normal(rng, 6, 208) * 2, normal(rng, len_q), normal(rng, len_k)]
+
+        consts = {
+            "n_q": n_q, "len_q": len_q, "n_k": n_k, "len_k": len_k, "stride": 208, "eps": 1e-6, "wg": 64,
+            "subgroup": subgroup, "st": ST,
+        }  # fmt: skip
+        needs = ("subgroups",) if subgroup else ()
+        name = f"qk_norm {n_q} x {len_q}, {n_k} x {len_k}"
+        yield Case(name, "qk_norm", consts, slices, (1,), (n_q + n_k, 6), SUM, needs=needs, subgroup=subgroup)
+
+
+def quantise_cases() -> Iterator[Case]:
+    for k, times, per_seq in ((32, 1, False), (96, 2, False), (320, 1, True)):
+
+        def tensors(rng, k=k):
+            x = normal(rng, 8, k) * np.exp2(rng.integers(-30, 30, (8, k // 32)).repeat(32, axis=1))
+            x[1] = 0
+            x[2, :32] = 1e-38
+            out = np.zeros((8, activation_words(k)), np.uint32)
+            return [step_words([(0, 3), (9, 1)], rng=rng), x.astype(np.float32), out]
+
+        consts = {"k": k, "times": times, "per_seq": per_seq, "st": ST}
+        name = f"quantise {k} times {times}{' by sequence' * per_seq}"
+        grid = (-(-8 * k // 32 // 64),)
+        yield Case(name, "quantise", consts, tensors, (2,), grid, STEP, dtype=f"bytes of {k}")
+
+
+def matvec_tensors(
+    fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int, x_as: str = "f32"
+):  # fmt: skip
+    """What a product binds, and where its output is among that."""
+
+    def tensors(rng):
+        step = step_words([(0, m)], rng=rng)
+        extra = [normal(rng, stride)] * bias
+        weight = packed(fmt, n * (2 if act else 1), k, rng)
+        x = normal(rng, m, k)
+        if x_as == "ints":
+            words = np.zeros((m, activation_words(k)), np.uint32)
+            put_bytes(words, slice(m), *to_bytes(x))
+            x = words
+        norm = [rng.uniform(0.5, 2, k).astype(np.float32)] if x_as == "norm" else []
+        if x_as in ("quantise", "norm"):
+            x = near_bytes(x, rng) / (norm[0] if norm else 1)
+        return [step, x, *norm, *weight, *extra, normal(rng, m, stride)]
+
+    return tensors, 2 + (x_as == "norm") + FORMATS[fmt].n_bindings + bias
+
+
+def near_bytes(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows like x, each value within a fifth of a step of a byte: every device rounds it to the same one."""
+    q, d = to_bytes(x)
+    inside = np.abs(q) < 126
+    return ((q + inside * rng.uniform(-0.2, 0.2, q.shape)) * d[..., None]).astype(np.float32).reshape(x.shape)
+
+
+def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
+    """The largest difference of a value, relative to the largest of its chunk; inf where sums are wrong."""
+    chunks = k // 32
+    got, want = got.reshape(-1, activation_words(k)), want.reshape(-1, activation_words(k))
+    planes = np.ascontiguousarray(got[:, : 8 * chunks]).view(np.int8).reshape(len(got), 2, chunks, 16)
+    sums = planes.sum(axis=3, dtype=np.int16).transpose(0, 2, 1).reshape(len(got), -1)
+    if (np.ascontiguousarray(got[:, 8 * chunks + 1 : 10 * chunks : 2]).view(np.int16) != sums).any():
+        return float("inf")
+    a, b = (from_bytes(words, k).astype(np.float64).reshape(-1, 32) for words in (got, want))
+    error = np.abs(a - b).max(axis=1) / np.maximum(np.abs(b).max(axis=1), 1e-37)
+    return float(error.max())
+
+
+def matvec_cases() -> Iterator[Case]:
+    def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
+             bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32"):  # fmt: skip
+        stride = n + offset
+        tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as)
+        consts = {
+            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
+            "softcap": softcap, "out_stride": stride,
+            "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "lanes": lanes, "rows": rows,
+            "wg": wg, "m_tile": m_tile, "unroll": unroll, "subgroup": subgroup, "grid_x": fold, "st": ST,
+        }  # fmt: skip
+        name = (
+            f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
+            f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
+            f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}"
+        )
+        grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
+        return Case(
+            name, "matvec", consts, tensors, (out,), grid, FMA, ("subgroups",) * bool(subgroup), subgroup
+        )
+
+    for fmt in FORMATS:
+        yield case(fmt)
+        if fmt not in FLOATS:
+            yield case(fmt, x_as="ints", lanes=4, k=768)
+    for fmt in SHAPES:
+        yield case(fmt, lanes=16, m=3, m_tile=4)
+        yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
+        if fmt not in FLOATS:
+            yield case(fmt, lanes=16, rows=2, x_as="ints", act="silu_mul", m=3, m_tile=4, k=768, unroll=2)
+    for fmt in ("Q4_1", "Q4_K", "Q6_K"):
+        # -1: the device's subgroup size
+        yield case(fmt, lanes=-1, subgroup=-1, rows=2, bias=True, residual=True)
+        yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, m_tile=2)
+        yield case(fmt, lanes=64, subgroup=-1, rows=2, wg=128, m=2, m_tile=2, act="silu_mul")
+        yield case(fmt, lanes=-1, subgroup=-1, rows=2, x_as="quantise", unroll=2, k=1280, bias=True)
+        yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, x_as="norm")
+    yield case("Q4_1", lanes=16, act="gelu_mul", bias=True, scale=0.25, softcap=0.5, n=41)
+    yield case("Q4_0", lanes=32, rows=4, bias=True, residual=True, n=37, k=576)
+    yield case("Q8_0", lanes=64, rows=1, residual=True, offset=24, m=9, m_tile=8)
+    yield case("F16", lanes=8, rows=2, wg=32, fold=2, n=37)
+    yield case("Q4_K", lanes=1, m=20, m_tile=8, act="silu_mul")
+    yield case("Q4_0", lanes=-1, subgroup=-1, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=128)
+    yield case("Q4_0", lanes=16, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=32)
+    yield case("Q5_0", lanes=32, rows=2, x_as="quantise", k=576, n=37, offset=8, wg=64, fold=2)
+    yield case("Q6_K", lanes=64, rows=2, x_as="quantise", k=2304, n=9, wg=128, subgroup=-1)

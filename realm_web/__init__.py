@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from realm_web.engine import Chunk, Engine, Progress, Timings, Usage
+    from realm_web.answers import Chunk, Scores, Timings, TokenLogprob, Usage
+    from realm_web.engine import Engine
     from realm_web.errors import DeviceError, FormatError, RealmError, RequestError, UnsupportedError
     from realm_web.llm import LLM, Completion
     from realm_web.sampler import SamplingParams
@@ -23,10 +24,12 @@ _HOME = {
     "LLM": "llm",
     "Completion": "llm",
     "Engine": "engine",
-    "Chunk": "engine",
-    "Progress": "engine",
-    "Timings": "engine",
-    "Usage": "engine",
+    "Chunk": "answers",
+    "Progress": "opening",
+    "Timings": "answers",
+    "Usage": "answers",
+    "Scores": "answers",
+    "TokenLogprob": "answers",
     "SamplingParams": "sampler",
     "RealmError": "errors",
     "FormatError": "errors",
@@ -46,7 +49,9 @@ __all__ = [
     "RealmError",
     "RequestError",
     "SamplingParams",
+    "Scores",
     "Timings",
+    "TokenLogprob",
     "UnsupportedError",
     "Usage",
     "__version__",

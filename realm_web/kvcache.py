@@ -20,6 +20,7 @@ from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor
 
 DIGEST_BYTES = 16
+BLOCK_SIZE = 32  # tokens
 
 
 def root_digest(adapter: int, salt: bytes) -> bytes:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realm_web.engine import Chunk, Engine, Progress, Timings, Usage
+from realm_web.answers import Chunk, Scores, Timings, TokenLogprob, Usage
+from realm_web.engine import Engine
+from realm_web.errors import RequestError
+from realm_web.opening import Progress
 from realm_web.sampler import SamplingParams
 from realm_web.scheduler import FinishReason
 
@@ -28,6 +31,7 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one for each token id, where they were asked for
 
     def __str__(self) -> str:
         return self.text
@@ -60,11 +64,14 @@ class LLM:
         device: str = "auto",
         context: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        **sizes: Any,
     ) -> LLM:
-        """Load a GGUF model from a path, a URL or `hf:user/repo:Q4_K_M`; see `Engine.open`."""
+        """Load a GGUF model from a path, a URL or `hf:user/repo:Q4_K_M`; other keywords: `Engine.open`."""
         loop = _LoopThread()
         try:
-            engine = loop.run(Engine.open(source, device=device, context=context, on_progress=on_progress))
+            engine = loop.run(
+                Engine.open(source, device=device, context=context, on_progress=on_progress, **sizes)
+            )
         except BaseException:
             loop.close()
             raise
@@ -72,8 +79,30 @@ class LLM:
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Completion:
         """Continue the prompt. Keywords are the fields of `SamplingParams`; RequestError for a wrong one."""
-        ids = self.engine._prompt_ids(prompt)
-        return _complete(ids, self._iterate(self.engine.generate(ids, SamplingParams.from_mapping(sampling))))
+        if sampling.get("n", 1) != 1:
+            raise RequestError("n: generate gives one answer; generate_all([prompt], n=...) gives several")
+        return self.generate_all([prompt], **sampling)[0]
+
+    def generate_all(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[Completion]:
+        """Continue all prompts at once, in one batch: n answers of the first, then those of the second...
+
+        As many of them run at a time as the engine has room for (`max_seqs`).
+        """
+        params = SamplingParams.from_mapping(sampling)
+
+        async def one(prompt: str | Sequence[int]) -> list[Completion]:
+            ids = self.engine.prompt_ids(prompt)
+            return _complete(ids, [chunk async for chunk in self.engine.generate(ids, params)], params.n)
+
+        async def all_of_them() -> list[list[Completion]]:
+            tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return [completion for completions in self._run(all_of_them()) for completion in completions]
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Chunk]:
         """Continue the prompt, piece by piece. Leaving the loop early ends the request."""
@@ -82,6 +111,14 @@ class LLM:
     def chat(self, messages: Sequence[dict], **sampling: Any) -> Completion:
         """Answer a conversation: dicts with "role" and "content"."""
         return self.generate(self.engine.chat_prompt(messages), **sampling)
+
+    def score(self, prompt: str | Sequence[int]) -> Scores:
+        """How likely each token of a text is to the model after those before it."""
+        return self._run(self.engine.score(prompt))
+
+    def embed(self, prompt: str | Sequence[int], **options: Any) -> list[float]:
+        """A text as one vector of length 1; options are those of `Engine.embed`."""
+        return self._run(self.engine.embed(prompt, **options))
 
     def stream_chat(self, messages: Sequence[dict], **sampling: Any) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece."""
@@ -106,10 +143,18 @@ class LLM:
         finally:
             self._loop.run(chunks.aclose())
 
+    def _run(self, work: Coroutine) -> Any:
+        return self._loop.run(work)
 
-def _complete(prompt_ids: tuple[int, ...], chunks: Iterator[Chunk]) -> Completion:
-    pieces = list(chunks)
+
+def _complete(prompt_ids: tuple[int, ...], chunks: Sequence[Chunk], n: int) -> list[Completion]:
+    """The chunks of n answers, put together."""
+    return [_join(prompt_ids, [chunk for chunk in chunks if chunk.index == index]) for index in range(n)]
+
+
+def _join(prompt_ids: tuple[int, ...], pieces: Sequence[Chunk]) -> Completion:
     last = pieces[-1]
+    logprobs = [logprob for chunk in pieces for logprob in chunk.logprobs or ()]
     return Completion(
         text="".join(chunk.text for chunk in pieces),
         token_ids=tuple(token for chunk in pieces for token in chunk.token_ids),
@@ -117,6 +162,7 @@ def _complete(prompt_ids: tuple[int, ...], chunks: Iterator[Chunk]) -> Completio
         finish_reason=last.finish_reason,
         usage=last.usage,
         timings=last.timings,
+        logprobs=tuple(logprobs) or None,
     )
 
 

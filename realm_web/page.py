@@ -14,19 +14,20 @@ import json
 import math
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from realm_web.engine import Chunk, Engine
+from realm_web.answers import Answer, Chunk
+from realm_web.engine import Engine
 from realm_web.errors import RealmError, RequestError
 from realm_web.sampler import SamplingParams
 
-OPEN_OPTIONS = ("context",)
+OPEN_OPTIONS = ("context", "kv_tokens", "max_seqs", "kv_type")
 
 
 class JsSource:
-    """A model file that JavaScript holds: {name, size, read(offset, nbytes) -> Promise, close()}."""
+    """A model file in JavaScript: {name, size, read(offset, nbytes) -> Promise, close(), reopen()}."""
 
     def __init__(self, js: Any):
         self._js = js
@@ -48,6 +49,10 @@ class JsSource:
 
     def close(self) -> None:
         self._js.close()
+
+    async def reopen(self) -> JsSource:
+        """The same file once more, after it was closed."""
+        return JsSource(await self._js.reopen())
 
 
 @dataclass(eq=False)
@@ -101,7 +106,11 @@ class Page:
         wanted = _known(json.loads(options), OPEN_OPTIONS, "option")
         source = JsSource(js_source)
         engine = await Engine.open(
-            source, device="browser", on_progress=lambda p: on_progress(json.dumps(asdict(p))), **wanted
+            source,
+            device="browser",
+            reopen=source.reopen,
+            on_progress=lambda p: on_progress(json.dumps(asdict(p))),
+            **wanted,
         )
         self._n_opened += 1
         self._models[self._n_opened] = _Model(engine)
@@ -117,13 +126,11 @@ class Page:
         wanted = json.loads(request)
         model = self._model(wanted["model"])
         params = sampling_params(wanted.get("options", {}))
-        if "messages" in wanted:
-            chunks = model.engine.chat(wanted["messages"], params)
-        else:
-            chunks = model.engine.generate(wanted["prompt"], params)
+        engine = model.engine
+        prompt = engine.chat_prompt(wanted["messages"]) if "messages" in wanted else wanted["prompt"]
         model.answers.add(call_id)
         try:
-            return await _stream(chunks, on_chunk)
+            return await _stream(engine, prompt, params, on_chunk)
         finally:
             model.answers.discard(call_id)
 
@@ -161,41 +168,50 @@ def sampling_params(options: dict) -> SamplingParams:
     return SamplingParams.from_mapping(wanted)
 
 
-async def _stream(chunks: AsyncIterator[Chunk], on_chunk: Callable[[str], None]) -> dict:
-    """Pass the pieces on; the summary of the whole, also when cancelled half-way."""
+async def _stream(
+    engine: Engine, prompt: str, params: SamplingParams, on_chunk: Callable[[str], None]
+) -> dict:
+    """Pass the pieces on as they come; the summary of the whole, also when cancelled half-way."""
+    done: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
     started = time.perf_counter()
-    first = last = started
-    n_tokens, final = 0, None
+
+    def sink(chunk: Chunk | BaseException) -> None:
+        if isinstance(chunk, BaseException):
+            if not done.done():
+                done.set_exception(chunk)
+            return
+        if chunk.text:
+            on_chunk(chunk.text)
+        if chunk.finish_reason is not None and not done.done():
+            done.set_result(chunk)
+
+    if params.n != 1:
+        raise RequestError(f"n is {params.n}: a conversation has one answer")
+    answers: list[Answer] = []
     try:
-        async for chunk in chunks:
-            last = time.perf_counter()
-            first = last if n_tokens == 0 else first
-            n_tokens += len(chunk.token_ids)
-            final = chunk
-            if chunk.text:
-                on_chunk(chunk.text)
-    except asyncio.CancelledError:
-        final = None
-    finally:
-        await chunks.aclose()
-    if final is not None and final.timings is not None and final.usage is not None:
+        await asyncio.sleep(0)  # where a call that was stopped before it began ends
+        answers = await engine.start(prompt, params, sink)
+        final = await done
+    except asyncio.CancelledError:  # stopped: the engine's own summary never comes
+        engine.stop(answers)
+        n_tokens, first = (answers[0].n_tokens, answers[0].first) if answers else (0, started)
+        writing = time.perf_counter() - first
         return {
-            "finish_reason": final.finish_reason,
-            "prompt_tokens": final.usage.prompt_tokens,
-            "completion_tokens": final.usage.completion_tokens,
-            "predicted_per_second": _finite(final.timings.predicted_per_second),
-            "prompt_per_second": _finite(final.timings.prompt_per_second),
-            "time_to_first_token_ms": _finite(final.timings.time_to_first_token_ms),
+            "finish_reason": "abort",
+            "prompt_tokens": None,
+            "completion_tokens": n_tokens,
+            "predicted_per_second": (n_tokens - 1) / writing if n_tokens > 1 and writing > 0 else None,
+            "prompt_per_second": None,
+            "time_to_first_token_ms": (first - started) * 1000 if n_tokens else None,
         }
-    return {  # stopped: the engine's own summary never came
-        "finish_reason": "abort",
-        "prompt_tokens": None,
-        "completion_tokens": n_tokens,
-        "predicted_per_second": _finite((n_tokens - 1) / (last - first))
-        if n_tokens > 1 and last > first
-        else None,
-        "prompt_per_second": None,
-        "time_to_first_token_ms": (first - started) * 1000 if n_tokens else None,
+    return {
+        "finish_reason": final.finish_reason,
+        "prompt_tokens": final.usage.prompt_tokens,
+        "cached_tokens": final.usage.cached_tokens,
+        "completion_tokens": final.usage.completion_tokens,
+        "predicted_per_second": _finite(final.timings.predicted_per_second),
+        "prompt_per_second": _finite(final.timings.prompt_per_second),
+        "time_to_first_token_ms": _finite(final.timings.time_to_first_token_ms),
     }
 
 

@@ -42,6 +42,7 @@ class Request:
     tenant: str = field(default="", kw_only=True)  # whose share of the device it takes
     salt: bytes = field(default=b"", kw_only=True)  # only requests of the same salt share cached blocks
     adapter: int = field(default=0, kw_only=True)
+    pooling: str | None = field(default=None, kw_only=True)  # of "embed": "mean", "last" or "cls"
 
     token_ids: list[int] = field(init=False)  # prompt and answer, as far as read back
     stop_ids: frozenset[int] = field(init=False)
@@ -79,7 +80,7 @@ class Request:
         self.level = self.priority
         self.prompt_ids = tuple(self.prompt_ids)
         self.token_ids = list(self.prompt_ids)
-        self.n_must = len(self.prompt_ids) + getattr(self.params, "min_tokens", 0)
+        self.n_must = len(self.prompt_ids) + self.params.min_tokens
         self.stop_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self.stop_ids |= self.eog_ids

@@ -95,9 +95,10 @@ class StepLayout:
         tiles: Sequence[int],
         advance: bool,
         targets: Sequence[int] = (),
+        tables: Sequence[Sequence[int]] = (),
     ) -> bytes:
-        """Everything but the block tables, as the bytes of the words from 0 to the last one used."""
-        words = array("I", bytes(4 * self.tables))
+        """The words from 0 to the end of the last block table given, as bytes."""
+        words = array("I", bytes(4 * (self.tables + len(tables) * self.max_blocks)))
         words[0:4] = array("I", [len(tokens), len(records), len(tiles), advance])
         words[self.seqs : self.seqs + self.SEQ_WORDS * len(records)] = array("I", b"".join(records))
         for start, values in (
@@ -109,6 +110,9 @@ class StepLayout:
             words[start : start + len(values)] = array("I", values)
         rest = b"\xff" * (4 * (self.max_rows - len(targets)))  # NONE
         words[self.targets : self.tables] = array("I", targets) + array("I", rest)
+        for i, blocks in enumerate(tables):
+            start = self.tables + i * self.max_blocks
+            words[start : start + len(blocks)] = array("I", blocks)
         return words.tobytes()
 
 

@@ -39,7 +39,7 @@ def run(tiny_path, device, work, **sizes):
             result = await work(engine)
             assert not engine.scheduler.has_work
             engine.scheduler.check_integrity()
-            assert engine.runner.pool.n_free == engine.runner.pool.n_blocks
+            assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
             return result
         finally:
             await engine.close()

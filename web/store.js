@@ -121,8 +121,8 @@ export async function keep(file, { signal, onProgress } = {}) {
 }
 
 /**
- * A stored model as something to read from: {name, size, read(offset, nbytes) -> Promise<Uint8Array>, close()}; what
- * lies past the end is left out.
+ * A stored model as something to read from: {name, size, read(offset, nbytes) -> Promise<Uint8Array>, close(),
+ * reopen() -> Promise of the same again}; what lies past the end is left out.
  * A shared read-only handle where the browser has them (8 GB/s); else, or when another tab holds the only one, the
  * file through the Blob interface.
  */
@@ -152,6 +152,7 @@ export async function open(name) {
       return bytes;
     },
     close: () => handle.close(),
+    reopen: () => open(name),
   };
 }
 
@@ -164,6 +165,7 @@ export function fileSource(file) {
       return new Uint8Array(await file.slice(offset, offset + nbytes).arrayBuffer());
     },
     close() {},
+    reopen: async () => fileSource(file),
   };
 }
 

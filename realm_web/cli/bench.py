@@ -18,7 +18,8 @@ from realm_web.cli.text import human_bytes
 from realm_web.errors import RequestError
 
 if TYPE_CHECKING:
-    from realm_web.engine import Engine, Timings
+    from realm_web.answers import Timings
+    from realm_web.engine import Engine
     from realm_web.gguf import GGUFFile
 
 EXAMPLES = """examples:

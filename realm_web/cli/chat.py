@@ -19,7 +19,8 @@ from realm_web.cli.text import visible
 from realm_web.errors import RealmError, RequestError
 
 if TYPE_CHECKING:
-    from realm_web.engine import Chunk, Engine
+    from realm_web.answers import Chunk
+    from realm_web.engine import Engine
     from realm_web.sampler import SamplingParams
 
 EXAMPLES = """examples:

@@ -15,7 +15,8 @@ from realm_web.cli import model, options
 from realm_web.errors import RequestError
 
 if TYPE_CHECKING:
-    from realm_web.engine import Chunk, Engine
+    from realm_web.answers import Chunk
+    from realm_web.engine import Engine
 
 EXAMPLES = """examples:
   realm run model.gguf "Why is the sky blue?"

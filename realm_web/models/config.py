@@ -109,7 +109,17 @@ class ModelConfig:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in every layer, in float16."""
-        return 2 * sum(layer.n_kv_heads for layer in self.layers) * self.head_dim * 2
+        return sum(self.kv_bytes_by_layer("f16"))
+
+    def kv_bytes_by_layer(self, kv_type: str) -> list[int]:
+        """Keys and values of one token in each layer that has attention."""
+        item = {"f32": 128, "f16": 64, "q8_0": 34}[kv_type]  # bytes of 32 values
+        return [2 * n * self.head_dim * item // 32 for n in (layer.n_kv_heads for layer in self.layers) if n]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state rather than keys and values."""
+        return any(not layer.n_kv_heads for layer in self.layers)
 
     @property
     def heads_per_kv(self) -> int:

@@ -78,7 +78,7 @@ def recorder(device, n_rows: int, n_seqs: int) -> Recorder:
     step, slots = device.alloc(4 * LAYOUT.n_words, "step"), device.alloc(16, "slots")
     program = device.program("test")
     return Recorder(
-        device, program, LAYOUT, device.view(step), device.view(slots), n_rows, n_seqs, 1, 1, {}
+        device, program, LAYOUT, device.view(step), device.view(slots), n_rows, n_seqs, 1, 1, {}, exact=True
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def row_scores(
         group = replace(r, step=header, n_rows=group_rows, n_seqs=group_rows)
         rmsnorm(group, x, norm, normed, eps, gather=True)
         linear(group, normed, output, logits, scale=scale, softcap=softcap)
-        r.add(kernel, (r.step, header, logits, out), (group_rows,))
+        r.add(kernel, (r.step, header, logits, out), (group_rows,), nbytes=logits.nbytes)
 
 
 def rows_per_group(r: Recorder, n_vocab: int) -> int:
@@ -75,4 +75,4 @@ def pool(r: Recorder, x: Tensor, norm: Tensor, kept: Tensor, out: View, *, eps: 
     normed = r.scratch("pooled rows", r.n_rows, dim)
     rmsnorm(r, x, norm, normed, eps)
     kernel = r.device.kernel("pool", dim=dim, st=r.layout)
-    r.add(kernel, (r.step, normed, kept, out), (-(-dim // 256), r.n_seqs))
+    r.add(kernel, (r.step, normed, kept, out), (-(-dim // 256), r.n_seqs), nbytes=normed.nbytes)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernel_cases import FMA, HALF, SHAPES, ST, Case, linear_tensors
+import numpy as np
+from kernel_cases import FMA, HALF, SHAPES, ST, Case, linear_tensors, normal, packed, step_words
 
-from realm_web.quants import FORMATS
+from realm_web.quants import FORMATS, activation_words
+from realm_web.runtime.cpu_kernels import put_bytes, to_bytes
+
+FLOATS = ("F32", "F16", "BF16")  # formats that no integers stand for
 
 
 def cases() -> Iterator[Case]:
+    yield from tile_cases()
+    yield from half_rows_cases()
+    yield from units_cases()
+    yield from ints_cases()
+    yield from sum_cases()
+
+
+def tile_cases() -> Iterator[Case]:
     for fmt in FORMATS:
         for f16 in (False, True) if fmt in SHAPES else (False,):
             for bm, m, act, residual in ((32, 20, "", True), (64, 70, "silu_mul", False)):
@@ -26,3 +38,123 @@ def cases() -> Iterator[Case]:
                 grid = (-(-n // (32 if act else 64)), -(-m // bm))
                 tolerance = HALF if f16 else FMA
                 yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
+
+
+def half_rows_cases() -> Iterator[Case]:
+    for k, per_seq, subgroup in ((64, False, 0), (416, True, -1)):
+
+        def tensors(rng, k=k):
+            x = normal(rng, 6, k) * 10.0 ** rng.integers(-30, 30, (6, 1)).astype(np.float32)
+            x[1] = 0
+            step = step_words([(0, 4), (3, 1)], rng=rng)
+            return [step, x, np.zeros((6, k), np.float16), np.zeros(6, np.float32)]
+
+        consts = {"k": k, "rows": 6, "per_seq": per_seq, "wg": 64, "subgroup": subgroup, "st": ST}
+        name = f"half_rows {k}{' of sequences' * per_seq}{' subgroups' * bool(subgroup)}"
+        needs = ("subgroups",) if subgroup else ()
+        # packing may truncate instead of rounding (WGSL leaves it open): one unit of f16
+        yield Case(name, "half_rows", consts, tensors, (2,), (6,), 1e-3, needs, subgroup, "f16")
+        yield Case(name + " scale", "half_rows", consts, tensors, (3,), (6,), 0.0, needs, subgroup)
+
+
+def _product(fmt, m, n, k, act, bias, residual, offset, tuning, x, per_seq=False):
+    """Constants, tensors and the index of the output of a product whose rows `x(rng)` makes."""
+    stride, n_weights, splits = n + offset, n * (2 if act else 1), tuning["splits"]
+    m_pad, n_pad = -(-m // tuning["bm"]) * tuning["bm"], -(-n_weights // tuning["bn"]) * tuning["bn"]
+
+    def tensors(rng):
+        step = step_words([(0, 1), (2, m - 1)] if not per_seq else [(i, 1) for i in range(m)], rng=rng)
+        rows = x(rng)
+        weight = packed(fmt, n_weights, k, rng)
+        if splits > 1:
+            return [step, *rows, *weight, np.zeros((splits, m_pad, n_pad), np.float32)]
+        return [step, *rows, *weight, *([normal(rng, stride)] * bias), normal(rng, m, stride)]
+
+    consts = {
+        "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": 1.0,
+        "softcap": 0.0, "out_stride": stride, "out_offset": offset, "per_seq": per_seq, "st": ST,
+    }  # fmt: skip
+    grid = (n_pad // tuning["bn"], m_pad // tuning["bm"], splits)
+    return consts | tuning, tensors, FORMATS[fmt].n_bindings + (bias and splits == 1), grid
+
+
+def units_cases() -> Iterator[Case]:
+    def case(fmt, m, n, k, act="", bias=False, residual=False, offset=0, **tuning):
+        def x(rng):
+            rows = normal(rng, m, k).astype(np.float16)
+            return [rows, 2.0 ** rng.integers(-9, 9, m).astype(np.float32)]
+
+        consts, tensors, out, grid = _product(fmt, m, n, k, act, bias, residual, offset, tuning, x)
+        consts |= {"rows": m, "units": ""}  # the words of this device's compiler
+        name = f"matmul_units {fmt} {m}x{n}x{k}{' ' * bool(act) + act} {tuning}"
+        return Case(name, "matmul_units", consts, tensors, (3 + out,), grid, FMA, ("matrix units",))
+
+    tiles = {"bm": 32, "bn": 64, "sm": 32, "sn": 32, "chunks": 1, "splits": 1, "right": "w"}
+    for fmt in FORMATS:
+        yield case(fmt, 20, 70, 256, bias=True, residual=True, offset=6, **tiles)
+    for fmt in ("Q4_K", "Q6_K", "F16"):
+        yield case(fmt, 70, 70, 256, "silu_mul", **tiles | {"bm": 64, "chunks": 2})
+        yield case(fmt, 32, 64, 512, **tiles | {"splits": 2})
+        yield case(fmt, 70, 70, 256, "silu_mul", bias=True, **tiles | {"bm": 64, "chunks": 2, "right": "x"})
+        yield case(fmt, 32, 64, 512, **tiles | {"splits": 2, "right": "x"})
+    yield case("Q4_1", 32, 64, 512, "gelu_mul", **tiles | {"splits": 4, "sm": 16})
+
+
+def ints_cases() -> Iterator[Case]:
+    def case(fmt, m, n, k, act="", bias=False, residual=False, offset=0, per_seq=False, **tuning):
+        consts, tensors, out, grid = _product(
+            fmt,
+            m,
+            n,
+            k,
+            act,
+            bias,
+            residual,
+            offset,
+            tuning,
+            lambda rng: [quantised(normal(rng, m, k))],
+            per_seq,
+        )
+        name = f"matmul_ints {fmt} {m}x{n}x{k}{' ' * bool(act) + act}{' of sequences' * per_seq} {tuning}"
+        return Case(name, "matmul_ints", consts, tensors, (2 + out,), grid, FMA)
+
+    tiles = {"bm": 16, "bn": 64, "tm": 4, "tn": 4, "chunks": 2, "splits": 1}
+    for fmt in FORMATS:
+        if fmt not in FLOATS:
+            yield case(fmt, 20, 70, 256, bias=True, residual=True, offset=6, **tiles)
+    for fmt in ("Q4_1", "Q4_K", "Q6_K", "Q2_K"):
+        yield case(fmt, 70, 70, 256, "silu_mul", **tiles | {"bm": 64, "tm": 8, "chunks": 1})
+        yield case(fmt, 32, 64, 512, **tiles | {"splits": 4})
+    yield case("Q4_K", 32, 64, 512, "gelu_mul", **tiles | {"bm": 32, "tn": 8, "splits": 2})
+    yield case("Q4_K", 3, 70, 256, per_seq=True, **tiles)
+
+
+def quantised(x: np.ndarray) -> np.ndarray:
+    """Rows (m, k) as `lib/ints.wgsl` has them."""
+    words = np.zeros((len(x), activation_words(x.shape[1])), np.uint32)
+    put_bytes(words, slice(None), *to_bytes(x))
+    return words
+
+
+def sum_cases() -> Iterator[Case]:
+    m, n, m_pad, stride = 5, 70, 16, 192
+    for act, scaled, splits in (("", False, 2), ("silu_mul", True, 3)):
+
+        def tensors(rng, scaled=scaled, splits=splits):
+            step = step_words([(0, 2), (2, 3)], rng=rng)
+            rows = [2.0 ** rng.integers(-3, 3, m).astype(np.float32)] * scaled
+            return [
+                step,
+                normal(rng, splits, m_pad, stride),
+                *rows,
+                normal(rng, n + 2),
+                normal(rng, m, n + 2),
+            ]
+
+        consts = {
+            "n": n, "act": act, "bias": True, "residual": True, "scale": 0.5, "softcap": 3.0,
+            "out_stride": n + 2, "out_offset": 2, "per_seq": False, "st": ST, "splits": splits,
+            "m_pad": m_pad, "stride": stride, "group": 16, "scaled": scaled,
+        }  # fmt: skip
+        name = f"matmul_sum {splits}{' ' * bool(act) + act}{' scaled' * scaled}"
+        yield Case(name, "matmul_sum", consts, tensors, (3 + scaled,), (2, m), FMA)

@@ -18,11 +18,18 @@ from typing import Any
 import numpy as np
 
 from realm_web.errors import DeviceError
-from realm_web.runtime import cpu_attention, cpu_kernels, cpu_moe, cpu_sampling, cpu_score
+from realm_web.runtime import cpu_attention, cpu_kernels, cpu_matmul, cpu_moe, cpu_sampling, cpu_score
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 
 UNLIMITED = 1 << 62
-TWINS = cpu_kernels.TWINS | cpu_attention.TWINS | cpu_moe.TWINS | cpu_sampling.TWINS | cpu_score.TWINS
+TWINS = (
+    cpu_kernels.TWINS
+    | cpu_attention.TWINS
+    | cpu_matmul.TWINS
+    | cpu_moe.TWINS
+    | cpu_sampling.TWINS
+    | cpu_score.TWINS
+)
 
 
 @cache

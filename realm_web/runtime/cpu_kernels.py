@@ -244,11 +244,6 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
 
 
 @twin
-def matmul(c: dict, views: list[np.ndarray]) -> None:
-    matvec(c, views)
-
-
-@twin
 def gated(c: dict, views: list[np.ndarray]) -> None:
     v, st, dim = Views(views), c["st"], c["dim"]
     step, x, out = v.u32(), v.f32(-1, 2 * dim), v.f32(-1, dim)

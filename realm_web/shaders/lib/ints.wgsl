@@ -89,8 +89,7 @@ fn product(w: Ints, x: Activations) -> f32 {
 
 {# The 32 weights of chunk c as floats. #}
 # macro decode(w, offset, minimum)
-fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
-  let v = {{ w }}_ints({{ w }}_fetch(c), c);
+fn {{ w }}_floats(v: Ints) -> array<vec4<f32>, 8> {
   return array<vec4<f32>, 8>(
   # for i in range(8)
   # set half = "xy"[i // 4]
@@ -98,5 +97,9 @@ fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
     v.s.{{ half }} * {{ "(%s - %d.0)" % (codes, offset) if offset else codes }}{{ " - v.m.%s" % half if minimum }}{{ "," if not loop.last }}
   # endfor
   );
+}
+
+fn {{ w }}_decode(c: u32) -> array<vec4<f32>, 8> {
+  return {{ w }}_floats({{ w }}_ints({{ w }}_fetch(c), c));
 }
 # endmacro

@@ -1,0 +1,111 @@
+"""The numpy twins of the kernels for products of many rows, as in `cpu_kernels.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from realm_web.quants import activation_words
+from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views, from_bytes, softcapped
+
+
+def matmul(c: dict[str, Any], views: list[np.ndarray]) -> None:
+    v, st = Views(views), c["st"]
+    step, x = v.u32(), v.f32(-1, c["k"])
+    m = int(step[st.N_ROWS])
+    _store(c, v, v.weight(c["fmt"], _n_weights(c), c["k"]).product(x[:m]))
+
+
+def half_rows(c: dict[str, Any], views: list[np.ndarray]) -> None:
+    v, k = Views(views), c["k"]
+    step, x, y, scale = v.u32(), v.f32(-1, k), v.kv("f16", k // 8, c["rows"], 8), v.f32()
+    m = _n_rows(c, step)
+    top = np.abs(x[:m]).max(axis=1).view(np.uint32) & 0x7F800000
+    scale[:m] = np.clip(top, 0x01000000, 0x7E000000).astype(np.uint32).view(np.float32)
+    y[:, :m] = (x[:m] / scale[:m, None]).reshape(m, k // 8, 8).transpose(1, 0, 2)
+
+
+def matmul_units(c: dict[str, Any], views: list[np.ndarray]) -> None:
+    """The rounding of x and of the weights to float16 is the kernel's own."""
+    v, k = Views(views), c["k"]
+    step, x, scale = v.u32(), v.kv("f16", k // 8, c["rows"], 8), v.f32()
+    weight = v.weight(c["fmt"], _n_weights(c), k)
+    m = _n_rows(c, step)
+    x = x[:, :m].transpose(1, 0, 2).reshape(m, k).astype(np.float32)
+    rows = weight.rows(0, weight.n).astype(np.float16).astype(np.float32)
+    if c["splits"] == 1:
+        _store(c, v, x @ rows.T * scale[:m, None])
+    else:
+        _store_shares(c, v, x, rows, 16)
+
+
+def matmul_ints(c: dict[str, Any], views: list[np.ndarray]) -> None:
+    v, k = Views(views), c["k"]
+    step, x = v.u32(), v.u32(-1, activation_words(k))
+    weight = v.weight(c["fmt"], _n_weights(c), k)
+    m = _n_rows(c, step)
+    x = from_bytes(x[:m], k)
+    if c["splits"] == 1:
+        _store(c, v, weight.product(x))
+    else:
+        _store_shares(c, v, x, weight.rows(0, weight.n), c["bn"] // c["tn"])
+
+
+def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
+    v = Views(views)
+    step, parts = v.u32(), v.f32(c["splits"], c["m_pad"], c["stride"])
+    m = _n_rows(c, step)
+    columns = _columns(c, c["group"])
+    y = parts[:, :m].sum(axis=0)[:, columns]
+    if c["scaled"]:
+        y = y * v.f32()[:m, None]
+    _store(c, v, y)
+
+
+TWINS: dict[str, Twin] = {
+    twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_ints, matmul_sum)
+}
+
+
+def _n_rows(c: dict[str, Any], step: np.ndarray) -> int:
+    return int(step[c["st"].N_SEQS if c.get("per_seq") else c["st"].N_ROWS])
+
+
+def _n_weights(c: dict[str, Any]) -> int:
+    return c["n"] * (2 if c["act"] else 1)
+
+
+def _columns(c: dict[str, Any], group: int) -> np.ndarray:
+    """Where the product with row i of the weights stands among the columns of the shares."""
+    n = np.arange(c["n"])
+    if not c["act"]:
+        return n
+    gates = n // group * 2 * group + n % group
+    return np.concatenate([gates, gates + group])
+
+
+def _store_shares(c: dict[str, Any], v: Views, x: np.ndarray, weight: np.ndarray, group: int) -> None:
+    """The sums over each share of k; rows and columns are padded to whole tiles."""
+    splits, share = c["splits"], c["k"] // c["splits"]
+    n_pad = -(-_n_weights(c) // c["bn"]) * c["bn"]
+    m_pad = -(-len(x) // c["bm"]) * c["bm"]
+    out = v.f32(splits, m_pad, n_pad)
+    for s in range(splits):
+        here = slice(s * share, (s + 1) * share)
+        out[s, : len(x), _columns(c, group)] = (x[:, here] @ weight[:, here].T).T
+
+
+def _store(c: dict[str, Any], v: Views, y: np.ndarray) -> None:
+    """The epilogue of y (m, n) or (m, 2n), and its place in the output."""
+    n = c["n"]
+    if c["act"]:
+        y = ACTIVATIONS[c["act"]](y[:, :n], y[:, n:])
+    columns = slice(c["out_offset"], c["out_offset"] + n)
+    if c["bias"]:
+        y = y + v.f32()[columns]
+    y = y * np.float32(c["scale"])
+    if c["softcap"]:
+        y = softcapped(y, c["softcap"])
+    out = v.f32(-1, c["out_stride"])[: len(y), columns]
+    out[...] = out + y if c["residual"] else y

@@ -7,6 +7,7 @@ JavaScript `Uint8Array`s and go to `queue.writeBuffer` as they are; they never e
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,18 +42,22 @@ HELPERS = """
   device.addEventListener("uncapturederror", (event) => errors.push(event.error.message));
   device.lost.then((info) => errors.push(`the GPU device was lost: ${info.message || info.reason}`));
 
-  const readBack = (encoder, source, offset, nbytes) => {
+  // Python hears of it by one call: a short result as a text of its bytes, which needs no proxy.
+  const readBack = (number, encoder, source, offset, nbytes) => {
     const size = Math.max(256, 2 ** Math.ceil(Math.log2(nbytes)));
     const unused = staging.get(size) ?? [];
     staging.set(size, unused);
     const buffer = unused.pop() ?? device.createBuffer({ size, usage: MAP_READ | COPY_DST });
     encoder.copyBufferToBuffer(source, offset, buffer, 0, nbytes);
     device.queue.submit([encoder.finish()]);
-    return buffer.mapAsync(GPUMapMode.READ).then(() => {
-      const bytes = new Uint8Array(buffer.getMappedRange(0, size).slice(0, nbytes));
+    buffer.mapAsync(GPUMapMode.READ).then(() => {
+      const bytes = new Uint8Array(buffer.getMappedRange(0, size), 0, nbytes);
+      const data = nbytes <= 4096 ? String.fromCharCode(...bytes) : bytes.slice();
       buffer.unmap();
       unused.push(buffer);
-      return bytes;
+      return [data, undefined];  // undefined is None in Python; null is a value of its own there
+    }, (error) => [undefined, error.message]).then(([data, problem]) => {
+      onResult(number, data, problem, errors.length ? errors.splice(0)[0] : undefined);
     });
   };
 
@@ -71,7 +76,9 @@ HELPERS = """
       padded.set(bytes);
       device.queue.writeBuffer(buffer, offset, padded);
     },
-    read: (buffer, offset, nbytes) => readBack(device.createCommandEncoder(), buffer, offset, nbytes),
+    read(number, buffer, offset, nbytes) {
+      readBack(number, device.createCommandEncoder(), buffer, offset, nbytes);
+    },
     async compile(code, access, label) {
       device.pushErrorScope("validation");
       const layout = device.createBindGroupLayout({
@@ -101,7 +108,7 @@ HELPERS = """
       const pipelines = kernels.map((kernel) => kernel.pipeline);
       const querySet = times && device.createQuerySet({ type: "timestamp", count: 2 * n });
       const perPass = times ? 1 : n;  // steps of a compute pass: only a pass tells its times
-      return () => {
+      return (number) => {
         const encoder = device.createCommandEncoder();
         for (let first = 0; first < n; first += perPass) {
           const pass = encoder.beginComputePass(times ? { timestampWrites: {
@@ -115,17 +122,9 @@ HELPERS = """
           pass.end();
         }
         if (times) encoder.resolveQuerySet(querySet, 0, 2 * n, times, timesOffset);
-        if (nbytes) return readBack(encoder, source, offset, nbytes);
-        device.queue.submit([encoder.finish()]);
-        return null;
+        if (nbytes) readBack(number, encoder, source, offset, nbytes);
+        else device.queue.submit([encoder.finish()]);
       };
-    },
-    passOn(promise, id) {
-      // undefined is None in Python; null is a value of its own there (pyodide.ffi.jsnull)
-      promise.then(
-        (bytes) => onResult(id, bytes, undefined),
-        (error) => onResult(id, undefined, error.message),
-      );
     },
     done: () => device.queue.onSubmittedWorkDone(),
   };
@@ -187,8 +186,8 @@ class BrowserBackend:
 
     def __init__(self, device: Any, info: AdapterInfo):
         self.info, self._device = info, device
-        self._callbacks: dict[int, Callable[[bytes | BaseException], None]] = {}
-        self._n_callbacks = 0
+        self._callbacks: dict[int, Callable[[bytes | BaseException], None]] = {}  # by number of the readback
+        self._numbers = itertools.count()
         self._on_result_proxy = create_proxy(self._on_result)
         self._js = run_js(HELPERS)(device, self._on_result_proxy)
 
@@ -211,7 +210,9 @@ class BrowserBackend:
             proxy.destroy()
 
     async def read(self, handle: Any, offset: int, nbytes: int) -> bytes:
-        return await Readback(self, self._js.read(handle, offset, nbytes))
+        number = next(self._numbers)
+        self._js.read(number, handle, offset, nbytes)
+        return await Readback(self, number)
 
     async def compile(self, kernels: Sequence[Kernel], on_done: Callable[[], None]) -> None:
         async def one(kernel: Kernel) -> None:
@@ -241,7 +242,14 @@ class BrowserBackend:
         replay = self._js.record(kernels, to_js(list(bindings)), grids, *source, *target)
         if readback is None:
             return replay
-        return lambda: Readback(self, replay())
+        numbers = self._numbers
+
+        def enqueue() -> Readback:
+            number = next(numbers)
+            replay(number)
+            return Readback(self, number)
+
+        return enqueue
 
     async def synchronize(self) -> None:
         await self._js.done()
@@ -250,49 +258,50 @@ class BrowserBackend:
     def close(self) -> None:
         self._device.destroy()
 
-    def pass_on(self, promise: Any, callback: Callable[[bytes | BaseException], None]) -> None:
-        """Call back when the promise of bytes is kept: one Python call a token, where await costs three."""
-        self._n_callbacks += 1
-        self._callbacks[self._n_callbacks] = callback
-        self._js.passOn(promise, self._n_callbacks)
-
-    def _on_result(self, number: int, data: Any, problem: str | None) -> None:
-        callback = self._callbacks.pop(number)
-        try:
-            self.check()
-            if problem is not None:
-                raise DeviceError(f"{self.info.name} stopped answering: {problem}")
-        except DeviceError as error:
-            callback(error)
+    def _on_result(self, number: int, data: Any, problem: str | None, reported: str | None) -> None:
+        """A readback's bytes, or why there are none, and what the device reported meanwhile."""
+        callback = self._callbacks.pop(number, None)
+        if callback is None:  # nobody waits for it
+            return
+        if reported is not None:
+            callback(self._error(reported))
+        elif problem is not None:
+            callback(DeviceError(f"{self.info.name} stopped answering: {problem}"))
         else:
-            callback(data.to_bytes())
+            callback(data.encode("latin-1") if isinstance(data, str) else data.to_bytes())
 
     def check(self) -> None:
         """Raise what the device reported since the last call: WebGPU tells of errors only afterwards."""
         if self._js.errors.length:
             message = str(self._js.errors[0])
             self._js.errors.splice(0)
-            raise DeviceError(
-                f"{self.info.name}: {message}; use a smaller model or context, or reload the page"
-            )
+            raise self._error(message)
+
+    def _error(self, message: str) -> DeviceError:
+        return DeviceError(f"{self.info.name}: {message}; use a smaller model or context, or reload the page")
 
 
 class Readback:
-    """The bytes of a copy under way."""
+    """The bytes of a copy under way. JavaScript hands them over by number: one call of Python, no promise."""
 
-    __slots__ = ("_backend", "_promise")
+    __slots__ = ("_backend", "_number")
 
-    def __init__(self, backend: BrowserBackend, promise: Any):
-        self._backend, self._promise = backend, promise
+    def __init__(self, backend: BrowserBackend, number: int):
+        self._backend, self._number = backend, number
 
     def __await__(self):
-        try:
-            data = yield from self._promise.__await__()
-        except JsException as error:
-            self._backend.check()
-            raise DeviceError(f"{self._backend.info.name} stopped answering: {error.message}") from error
-        self._backend.check()
-        return data.to_bytes()
+        future = asyncio.get_running_loop().create_future()
+
+        def arrive(data: bytes | BaseException) -> None:
+            if future.cancelled():
+                return
+            if isinstance(data, BaseException):
+                future.set_exception(data)
+            else:
+                future.set_result(data)
+
+        self.then(arrive)
+        return (yield from future)
 
     def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        self._backend.pass_on(self._promise, callback)
+        self._backend._callbacks[self._number] = callback

@@ -82,6 +82,10 @@ class LoadProgress:
 
     def __call__(self, progress: "engine.Progress") -> None:
         name = progress.stage
+        if name == "room":  # of the KV cache: nothing to wait for
+            if not self._bars.disable:
+                self._bars.console.print(Text(progress.label, style="dim"))
+            return
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(STAGES[name], total=progress.total, stage=name)
         self._bars.update(self._tasks[name], completed=progress.done, total=progress.total)

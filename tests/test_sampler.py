@@ -6,6 +6,7 @@ import pickle
 from collections import Counter
 
 import pytest
+from chi_square import assert_like_expected
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from realm_web.sampler import (
     adjust_logits,
     draw,
     hash_u32,
+    mask_words,
     sample_reference,
     token_masses,
 )
@@ -400,13 +402,37 @@ def test_penalties_are_those_of_the_formula_token_by_token(
         assert adjusted[i] == pytest.approx(x, abs=1e-12)
 
 
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.data())
+def test_a_row_of_the_mask_has_a_bit_for_every_token_that_may_be_drawn(n_vocab, data):
+    ids = st.sets(st.integers(0, n_vocab - 1))
+    allowed, banned = data.draw(st.one_of(st.none(), ids)), data.draw(ids)
+    words = mask_words(n_vocab, allowed=allowed, banned=banned)
+    assert len(words) == 4 * -(-n_vocab // 32)
+    bits = int.from_bytes(words, "little")
+    may = set(range(n_vocab)) if allowed is None else allowed
+    assert {i for i in range(8 * len(words)) if bits >> i & 1} == may - banned
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_only_allowed_tokens_are_drawn_and_a_mask_without_any_is_an_error(temperature):
+    params, logits = SamplingParams(temperature=temperature, top_k=2), [5.0, 4.0, 3.0, 3.0, 1.0]
+    drawn = {sample(logits, params, position=i, allowed={2, 3, 4}) for i in range(50)}
+    assert drawn == ({2, 3} if temperature else {2})
+    with pytest.raises(ValueError, match="have no finite maximum"):
+        sample(logits, params, allowed=())
+
+
 # ---- the draw ----------------------------------------------------------------------------------------------
 
 
-def sample(logits, params, *, seed=0, position=0, prompt_ids=(), output_ids=()):
+def sample(logits, params, *, seed=0, position=0, prompt_ids=(), output_ids=(), allowed=None):
     return sample_reference(
-        logits, params, prompt_ids=prompt_ids, output_ids=output_ids, seed=seed, position=position
-    )
+        logits, params, prompt_ids=prompt_ids, output_ids=output_ids, seed=seed, position=position,
+        allowed=allowed,
+    )  # fmt: skip
 
 
 def test_greedy_takes_the_largest_logit_and_of_ties_the_lowest_id():
@@ -457,16 +483,6 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert draws == [sample(logits, SamplingParams(), seed=3, position=i) for i in range(100)]
     assert len(set(draws)) > 80
     assert draws != [sample(logits, SamplingParams(), seed=4, position=i) for i in range(100)]
-
-
-def assert_like_expected(counts, expected):
-    """Pearson's chi-square at about one in a million; what is expected is never below 5 but where it is 0."""
-    assert all(count == 0 for count, e in zip(counts, expected, strict=True) if e == 0)
-    terms = [(count - e) ** 2 / e for count, e in zip(counts, expected, strict=True) if e]
-    n = len(terms) - 1
-    if n:
-        # Wilson-Hilferty: the cube root of chi-square over n is near normal; 4.75 sigma
-        assert sum(terms) < n * (1 - 2 / (9 * n) + 4.75 * math.sqrt(2 / (9 * n))) ** 3
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ DEFAULT_CONTEXT = 8192
 MAX_SEQS = 8
 MAX_ROWS = 512
 MOST_SEQS = 64
+KV_TYPES = ("f16", "f32", "q8_0")
 RESERVE = 1 / 16  # of what is free stays so, for scratch memory and for others on the same device
 LEAST_RESERVE = 64 << 20  # bytes
 
@@ -93,6 +94,8 @@ def check_sizes(sizes: Sizes, config: ModelConfig) -> int:
             f"max_seqs {sizes.max_seqs}, max_rows {sizes.max_rows}: "
             f"give 1 to {MOST_SEQS} sequences and as many rows, up to {MAX_ROWS}"
         )
+    if sizes.kv_type not in KV_TYPES:
+        raise RequestError(f"kv_type {sizes.kv_type!r}: use {', '.join(KV_TYPES)}")
     context = sizes.context
     if context is None:
         context = min(config.context_length, DEFAULT_CONTEXT)

@@ -346,7 +346,7 @@ class Scheduler:
         return True
 
     def _make_way(self) -> set[Request]:
-        """Preempt requests of lower levels if the first one in the line can be admitted then, and only then.
+        """Preempt requests of lower levels if the first one in the line can be admitted then, and admit it.
 
         Returns those that must first see the end of their steps in flight, and get no more rows until then.
         """
@@ -367,7 +367,10 @@ class Scheduler:
             if not request.n_in_flight:
                 self._preempt(request)
                 request.n_yielded += 1
-        return {request for request in victims if request.n_in_flight}
+        held = {request for request in victims if request.n_in_flight}
+        if victims and not held:
+            self._admit(first, level)  # now, before the answers of others take the blocks
+        return held
 
     def _run_prompts(self, draft: Draft, behind: list[Request]) -> None:
         """Fill the room that is left with chunks of prompts, of running requests and of new ones."""

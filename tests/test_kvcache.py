@@ -80,8 +80,8 @@ def test_sizes_that_make_no_pool_are_errors():
     ("spoil", "message"),
     [
         (lambda pool: pool._free.append(3), "twice"),
-        (lambda pool: pool._free.append(0), "block 0: 1 references, in the free list"),
-        (lambda pool: pool._free.remove(2), "block 2: 0 references, not in the free list"),
+        (lambda pool: pool._free.append(0), "block 0: 1 references, registered False, listed as empty"),
+        (lambda pool: pool._free.remove(2), "block 2: 0 references, registered False, listed as neither"),
         (lambda pool: pool._free.append(9), "block 9 in the free list is not of this pool"),
         (lambda pool: pool._ref_counts.__setitem__(2, -1), "block 2 has -1 references"),
     ],

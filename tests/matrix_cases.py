@@ -91,15 +91,20 @@ def matvec_tensors(
         weight = packed(fmt, n * (2 if act else 1), k, rng)
         x = normal(rng, m, k)
         if x_as == "ints":
-            words = np.zeros((m, activation_words(k)), np.uint32)
-            put_bytes(words, slice(m), *to_bytes(x))
-            x = words
+            x = in_bytes(x)
         norm = [rng.uniform(0.5, 2, k).astype(np.float32)] if x_as == "norm" else []
         if x_as in ("quantise", "norm"):
             x = near_bytes(x, rng) / (norm[0] if norm else 1)
         return [step, x, *norm, *weight, *extra, normal(rng, m, stride)]
 
     return tensors, 2 + (x_as == "norm") + FORMATS[fmt].n_bindings + bias
+
+
+def in_bytes(x: np.ndarray) -> np.ndarray:
+    """Rows x (m, k) as (m, activation_words) u32."""
+    words = np.zeros((len(x), activation_words(x.shape[1])), np.uint32)
+    put_bytes(words, slice(len(x)), *to_bytes(x))
+    return words
 
 
 def near_bytes(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from kernel_cases import EXACT, FMA, ST, SUM, Case, normal, packed, step_words
+from matrix_cases import in_bytes
 
 from realm_web.quants import FORMATS
 
@@ -46,7 +47,7 @@ def _experts_only(tensors):
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=256, m=3, act="", bias=False, weighted=False, residual=False, scale=1.0,
              n_used=2, n_experts=5, here=None, offset=0, lanes=1, rows=1, wg=64, subgroup=0,
-             fold=0):  # fmt: skip
+             fold=0, x_as="f32"):  # fmt: skip
         per = n * (2 if act else 1)
         first, n_here = here or (0, n_experts)
 
@@ -55,6 +56,7 @@ def matvec_cases() -> Iterator[Case]:
             routes[..., 0] = np.argsort(rng.random((m, n_experts)), axis=1)[:, :n_used]
             routes[..., 1] = rng.random((m, n_used), dtype=np.float32).view(np.uint32)
             x = normal(rng, m * n_used if weighted else m, k)
+            x = in_bytes(x) if x_as == "ints" else x
             out = normal(rng, m if weighted else m * n_used, n + offset)
             extra = [normal(rng, n_experts, per) * 5] * bias
             return [step_words([(0, m)], rng=rng), x, routes, *packed(fmt, n_here * per, k, rng), *extra, out]
@@ -63,12 +65,13 @@ def matvec_cases() -> Iterator[Case]:
             "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "weighted": weighted, "residual": residual,
             "scale": scale, "n_used": n_used, "n_experts": n_experts, "first_expert": first, "n_here": n_here,
             "out_stride": n + offset, "out_offset": offset, "lanes": lanes, "rows": rows, "wg": wg,
-            "subgroup": subgroup, "grid_x": fold, "st": ST,
+            "subgroup": subgroup, "grid_x": fold, "x_as": x_as, "st": ST,
         }  # fmt: skip
         name = (
             f"moe_matvec {fmt} {n_used} of {n_experts} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}"
             f"{' subgroups' * bool(subgroup)}{' ' * bool(act) + act}{' bias' * bias}{' weighted' * weighted}"
             f"{' residual' * residual}{' sharded' * bool(here)}{' fold' * bool(fold)}"
+            f"{' from bytes' * (x_as == 'ints')}"
         )
         outputs = (3 + FORMATS[fmt].n_bindings + bias,)
         grid = (fold, m if weighted else m * n_used, 1)
@@ -78,6 +81,9 @@ def matvec_cases() -> Iterator[Case]:
     for fmt in FORMATS:
         yield case(fmt, act="silu_mul")
         yield case(fmt, lanes=16, weighted=True, residual=True)
+    for fmt in ("Q4_0", "Q4_K", "Q6_K", "MXFP4", "IQ2_S"):
+        yield case(fmt, act="silu_mul", x_as="ints", lanes=16, rows=2)
+        yield case(fmt, weighted=True, residual=True, x_as="ints", here=(1, 3))
     oai = {"act": "swiglu_oai", "bias": True}
     yield case("Q8_0", **oai)
     yield case("Q8_0", **oai, lanes=32, rows=2, n=37, k=96)

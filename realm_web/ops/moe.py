@@ -46,6 +46,8 @@ def experts(
     `weight.unit` rows.
     """
     n_used, halves = routes.shape[1], 2 if act else 1
+    x, ints = Activations.of(x), r.ints and weight.fmt.is_quantised
+    given = x.bytes(r) if ints else x.floats(r)
     n = weight.unit // halves
     for i, shard in enumerate(weight.shards):
         consts = {
@@ -53,7 +55,8 @@ def experts(
             "weighted": weighted, "residual": residual or (weighted and i > 0), "scale": scale,
             "n_used": n_used, "n_experts": weight.n // weight.unit,
             "first_expert": shard.first_row // weight.unit, "n_here": shard.n_rows // weight.unit,
-            "out_stride": out.shape[-1], "out_offset": out_offset, "st": r.layout,
+            "out_stride": out.shape[-1], "out_offset": out_offset,
+            "x_as": "ints" if ints else "f32", "st": r.layout,
         }  # fmt: skip
         tuning = choose_experts(r.device)
         grid, fold = tuning.grid(r.device, n, r.n_rows * (1 if weighted else n_used))
@@ -61,5 +64,5 @@ def experts(
             "moe_matvec", **consts, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
             subgroup=tuning.subgroup, grid_x=fold,
         )  # fmt: skip
-        views = (r.step, Activations.of(x).floats(r), routes, *shard.parts, *([bias] if bias else []), out)
+        views = (r.step, given, routes, *shard.parts, *([bias] if bias else []), out)
         r.add(kernel, views, grid, f"{kernel.name} {weight.label}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views
+from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views, activations
 
 
 def moe_route(c: dict, views: list[np.ndarray]) -> None:
@@ -23,10 +23,11 @@ def moe_route(c: dict, views: list[np.ndarray]) -> None:
 def moe_matvec(c: dict, views: list[np.ndarray]) -> None:
     v, st, n, k, n_used = Views(views), c["st"], c["n"], c["k"], c["n_used"]
     per = n * (2 if c["act"] else 1)
-    step, x, routes = v.u32(), v.f32(-1, k), v.u32(-1, n_used, 2)
+    step = v.u32()
+    m = int(step[st.N_ROWS])
+    x, routes = activations(c, v, m * (n_used if c["weighted"] else 1)), v.u32(-1, n_used, 2)
     weight = v.weight(c["fmt"], c["n_here"] * per, k)
     bias = v.f32(c["n_experts"], per) if c["bias"] else None
-    m = int(step[st.N_ROWS])
     experts, shares = routes[:m, :, 0].astype(np.int64), routes[:m, :, 1].copy().view(np.float32)
     columns = slice(c["out_offset"], c["out_offset"] + n)
     out = v.f32(-1, c["out_stride"])

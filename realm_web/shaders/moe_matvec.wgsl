@@ -1,14 +1,16 @@
 // Matrix-vector products with the experts that `moe_route` chose for each token; no other expert is read.
 // With x of a row per token: out[t * n_used + j, offset + n] = act(w[e, n] . x[t] + bias[e, n]), e = routes[t, j].expert
 // With `weighted`: out[t, n] (+)= scale * sum_j routes[t, j].weight * (w[e, n] . x[t * n_used + j] + bias[e, n])
-// step;  x (n_rows, k) or weighted (n_rows * n_used, k) f32;  routes (n_rows, n_used) vec2<u32>: expert, bits of its weight
+// step;  x (n_rows, k) or weighted (n_rows * n_used, k) f32, or with x_as "ints" such rows of lib/ints.wgsl;  routes (n_rows, n_used) vec2<u32>: expert, bits of its weight
 // weight (n_here * per, k), per = n or with act 2n: an expert's gate rows, then its up rows; of the n_here experts from
 // first_expert on, the others being left out;  [bias (n_experts, per) f32];  out (., out_stride) f32, added to with `residual`
-// constants: fmt, k, n, act, bias, weighted, residual, scale, n_used, n_experts, first_expert, n_here, out_stride, out_offset, st;
+// constants: fmt, k, n, act, bias, weighted, residual, scale, n_used, n_experts, first_expert, n_here, out_stride, out_offset,
+// x_as ("f32", "ints"), st;
 // tuning: lanes threads per weight row (1, the subgroup size or a multiple; without subgroups any divisor of wg); rows of
 // weights per lane group; wg threads; subgroup size or 0
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, n_rows * (1 if weighted else n_used), fold)
 # import "lib/act.wgsl" as acts
+# import "lib/ints.wgsl" as ints
 # import "lib/lanes.wgsl" as sums
 # set groups = wg // lanes
 # set halves = 2 if act else 1
@@ -17,9 +19,10 @@
 # set sharded = n_here < n_experts
 {{ "enable subgroups;" if subgroup and lanes > 1 }}
 {{ bind("step", "u32") }}
-{{ bind("x", "vec4<f32>") }}
+{{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("routes", "vec2<u32>") }}
-{{ weight("w", fmt) }}
+{{ weight_ints("w", fmt) if x_as == "ints" else weight("w", fmt) }}
+{{ ints.activations("x", k) if x_as == "ints" }}
 # if bias
 {{ bind("bias", "f32") }}
 # endif
@@ -69,21 +72,35 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endif
     let share = bitcast<f32>(route.y);
     let c = i % {{ chunks }}u;
-    let at = wid.y * {{ n_used * k // 4 }}u + i * 8u;
+    let row = wid.y * {{ n_used }}u + i / {{ chunks }}u;
   # else
   for (var c = lane; c < {{ chunks }}u; c += {{ lanes }}u) {
-    let at = wid.y / {{ n_used }}u * {{ k // 4 }}u + c * 8u;
+    let row = wid.y / {{ n_used }}u;
   # endif
     let base = (expert - {{ first_expert }}u) * {{ halves * n * chunks }}u + c;
+    # if x_as == "ints"
+    # for r in range(rows)
+    # for half in range(halves)
+    let w{{ r }}_{{ half }} = w_fetch(base + chunk{{ r }} + {{ half * n * chunks }}u);
+    # endfor
+    # endfor
+    let a = x_fetch(row, c);
+    # else
+    let at = row * {{ k // 4 }}u + c * 8u;
     # for i in range(8)
     let x{{ i }} = x[at + {{ i }}u];
     # endfor
+    # endif
     # for r in range(rows)
     # for half in range(halves)
     {
+      # if x_as == "ints"
+      let term = product(w_ints(w{{ r }}_{{ half }}, base + chunk{{ r }} + {{ half * n * chunks }}u), a);
+      # else
       let v = w_decode(base + chunk{{ r }} + {{ half * n * chunks }}u);
-      let product = {% for i in range(8) %}dot(v[{{ i }}], x{{ i }}){{ " + " if not loop.last }}{% endfor %};
-      acc{{ r * halves + half }} += {{ "share * " if weighted }}product;
+      let term = {% for i in range(8) %}dot(v[{{ i }}], x{{ i }}){{ " + " if not loop.last }}{% endfor %};
+      # endif
+      acc{{ r * halves + half }} += {{ "share * " if weighted }}term;
     }
     # endfor
     # endfor

@@ -60,7 +60,7 @@ def partial_cases() -> Iterator[Case]:
         mask[3, 8:] = 0  # whole parts without a token
         made = [step, logits, np.zeros((3, PARTS, 4), np.uint32)]
         if draw:
-            made.append(rng.integers(0, 9, (3, 1024, 2)).astype(np.uint32))
+            made.append(rng.integers(0, 9, (3, cpu_sampling.N_BINS, 2)).astype(np.uint32))
             made += [np.zeros((3, N_VOCAB), np.float32)] * (adjust or masked)
         return [*made, *[bias.astype(np.float32), counts] * adjust, *[mask] * masked]
 
@@ -108,7 +108,7 @@ def draw_cases() -> Iterator[Case]:
         if not ties:
             logits += normal(rng, 3, N_VOCAB) * np.float32(0.01)
         step = step_words(SEQS, rng=rng, **params)
-        parts, bins = np.zeros((3, PARTS, 4), np.uint32), np.zeros((3, 1024, 2), np.uint32)
+        parts, bins = np.zeros((3, PARTS, 4), np.uint32), np.zeros((3, cpu_sampling.N_BINS, 2), np.uint32)
         list_ = np.zeros((3, 1 + PARTS + listed), np.uint32)
         run(
             "sample_partial",

@@ -7,6 +7,7 @@ from realm_web.runtime.device import View
 from realm_web.tensor import Tensor
 
 LISTED = 4096  # tokens of one sequence that the filters decide on one by one without another pass over all
+BINS = 512
 LOGPROB_WORDS = 41  # log-probability of the token, 20 ids, 20 log-probabilities
 
 
@@ -33,7 +34,7 @@ def sample(
     n_valid = n_valid or n_vocab
     wg, slice_ = (64, 2048) if device.info.is_cpu else (256, 1024)
     n_parts = -(-n_valid // slice_)
-    grid = (n_parts, r.n_seqs)
+    grid, nbytes = (n_parts, r.n_seqs), 4 * n_valid * r.n_seqs
     adjust, masked = counts is not None, mask is not None
     parts = r.scratch("sampling parts", r.n_seqs, n_parts, 4)
     consts = {
@@ -48,7 +49,7 @@ def sample(
     extra: list[View] = []
     adjusted = logits
     if draw:
-        bins = r.scratch("sampling bins", r.n_seqs, 1024, 2)
+        bins = r.scratch("sampling bins", r.n_seqs, BINS, 2)
         extra.append(bins)
         if adjust or masked:
             adjusted = r.scratch("adjusted logits", *logits.shape)
@@ -58,20 +59,21 @@ def sample(
     if masked:
         extra.append(mask)
     partial = device.kernel("sample_partial", **consts, draw=draw, adjust=adjust, masked=masked)
-    r.add(partial, (r.step, logits, parts, *extra), grid)
+    r.add(partial, (r.step, logits, parts, *extra), grid, nbytes=nbytes)
 
     counting = (counts,) if adjust else ()
     final = device.kernel("sample_final", **consts, listed=LISTED, draw=draw, counting=adjust)
     if draw:
         listed = r.scratch("sampling list", r.n_seqs, 1 + n_parts + LISTED)
         for name in ("sample_bins", "sample_gather"):
-            r.add(device.kernel(name, **consts, listed=LISTED), (r.step, adjusted, parts, bins, listed), grid)
+            kernel = device.kernel(name, **consts, listed=LISTED)
+            r.add(kernel, (r.step, adjusted, parts, bins, listed), grid, nbytes=nbytes)
         views = (r.step, adjusted, parts, bins, listed, r.slots, out, *counting)
     else:
         views = (r.step, parts, r.slots, out, *counting)
     r.add(final, views, (r.n_seqs,))
     if logprobs is not None:
         tops = r.scratch("likeliest tokens", r.n_seqs, n_parts, 42)
-        r.add(device.kernel("sample_top", **consts), (r.step, logits, tops), grid)
+        r.add(device.kernel("sample_top", **consts), (r.step, logits, tops), grid, nbytes=nbytes)
         kernel = device.kernel("sample_logprobs", n_vocab=n_vocab, parts=n_parts, wg=wg, st=r.layout)
         r.add(kernel, (r.step, logits, tops, r.slots, logprobs), (r.n_seqs,))

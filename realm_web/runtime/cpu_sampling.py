@@ -10,7 +10,7 @@ import numpy as np
 from realm_web.runtime.cpu_kernels import NONE, Twin, Views, record_float
 
 LOWEST = np.float32(-3.4e38)
-N_BINS = 1024
+N_BINS = 512
 N_TOP = 20
 
 
@@ -229,7 +229,7 @@ def _masses(
     kept = (p >= record_float(step, st, s, st.MIN_P)) & (row > LOWEST)
     mass = np.where(kept & (whole > 0), p * (np.float32(2**30) / np.maximum(whole, np.float32(1e-30))), 0)
     span = np.clip((top - lows.min()) * inverse, np.float32(1e-6), np.float32(21))
-    per_bin = np.exp2(np.float32(10) - np.frexp(span)[1])  # 512 to 1024 bins over the span
+    per_bin = np.exp2(np.float32(9) - np.frexp(span)[1])  # 256 to 512 bins over the span
     bins = np.clip((top - row) * inverse * per_bin, np.float32(0), np.float32(N_BINS - 1))
     return mass.astype(np.int64), bins.astype(np.int64)
 

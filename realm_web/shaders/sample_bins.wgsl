@@ -1,6 +1,6 @@
 // Second pass of a draw: how many tokens with mass, and how much mass, lie how far below the largest logit. Only for
 // sequences with top-k or top-p. Also empties the list that `sample_gather` appends to.
-// step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 1024, 2) u32
+// step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 512, 2) u32
 // list (n_seqs, 1 + parts + listed) u32
 // constants: n_vocab, n_valid, slice, parts, listed, wg, st;  grid: (parts, n_seqs, 1)
 # import "lib/sampling.wgsl" as sampling
@@ -12,7 +12,7 @@
 {{ sampling.whole(parts, wg, true) }}
 {{ sampling.rule() }}
 
-var<workgroup> tally: array<atomic<u32>, 2048>;
+var<workgroup> tally: array<atomic<u32>, {{ 2 * sampling.bins }}>;
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -27,7 +27,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   if (wid.x == 0u && lid == 0u) {
     list[s * {{ 1 + parts + listed }}u] = 0u;
   }
-  for (var b = lid; b < 2048u; b += {{ wg }}u) {
+  for (var b = lid; b < {{ 2 * sampling.bins }}u; b += {{ wg }}u) {
     atomicStore(&tally[b], 0u);
   }
   let inverse = 1.0 / temperature;
@@ -45,10 +45,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
   }
   workgroupBarrier();
-  for (var b = lid; b < 2048u; b += {{ wg }}u) {
+  for (var b = lid; b < {{ 2 * sampling.bins }}u; b += {{ wg }}u) {
     let here = atomicLoad(&tally[b]);
     if (here > 0u) {
-      atomicAdd(&bins[s * 2048u + b], here);
+      atomicAdd(&bins[s * {{ 2 * sampling.bins }}u + b], here);
     }
   }
 }

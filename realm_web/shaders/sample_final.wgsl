@@ -5,7 +5,7 @@
 // moves the step buffer on by one token, so that the same program can run again without the host.
 // step (read and written)
 // [draw: logits (n_seqs, n_vocab) f32, adjusted]  parts (n_seqs, parts, 4) u32
-// [draw: bins (n_seqs, 1024, 2) u32;  list (n_seqs, 1 + parts + listed) u32]
+// [draw: bins (n_seqs, 512, 2) u32;  list (n_seqs, 1 + parts + listed) u32]
 // slots (max_seqs,) u32;  out (n_seqs,) u32  [counting: counts (max_seqs, n_vocab) u32]
 // constants: n_vocab, n_valid, slice, parts, listed, wg, draw, counting, st;  grid: (n_seqs, 1, 1)
 # import "lib/sampling.wgsl" as sampling
@@ -150,7 +150,7 @@ fn hash(seed: u32, position: u32) -> u32 {
 fn drawn(s: u32, rule: Rule, top_k: u32, top_p: f32, random: u32, lid: u32) -> u32 {
   let base = s * {{ 1 + parts + listed }}u;
   var open = Open(s * {{ n_vocab }}u, base + {{ 1 + parts }}u, 0u, false);
-  var from_bin = 1024u;
+  var from_bin = {{ sampling.bins }}u;
   var least = 0u;  // key
   if (top_k > 0u || top_p < 1.0) {
     open.n = list[base];
@@ -161,8 +161,8 @@ fn drawn(s: u32, rule: Rule, top_k: u32, top_p: f32, random: u32, lid: u32) -> u
     load_bins(s, lid);
     let cut = edges(top_k, top_p, lid);
     from_bin = min(cut.x, cut.y);
-    var kept = upto[1023].y;
-    if (cut.x < 1024u) {
+    var kept = upto[{{ sampling.bins - 1 }}].y;
+    if (cut.x < {{ sampling.bins }}u) {
       least = select_key(rule, open, cut.x, 0u, top_k - before_bin(cut.x, 0u), false, lid);
       clear(1u, lid);
       weigh(rule, open, cut.x, least, true, lid);
@@ -170,7 +170,7 @@ fn drawn(s: u32, rule: Rule, top_k: u32, top_p: f32, random: u32, lid: u32) -> u
     }
     if (top_p < 1.0) {
       let goal = top_p_goal(top_p, kept);
-      let bin = min(first_bin(goal, 1u, lid), min(cut.x, 1023u));
+      let bin = min(first_bin(goal, 1u, lid), min(cut.x, {{ sampling.bins - 1 }}u));
       least = max(least, select_key(rule, open, bin, least, goal - before_bin(bin, 1u), true, lid));
     }
   }

@@ -1,6 +1,6 @@
 // Third pass of a draw: the mass of the tokens of each part that stay for sure, and a list of the tokens in the bins
 // that top-k and top-p cut through, on which `sample_final` decides one by one.
-// step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 1024, 2) u32
+// step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 512, 2) u32
 // list (n_seqs, 1 + parts + listed) u32: how many there are (more than `listed`: it is not complete), mass of each part,
 // token ids in any order
 // constants: n_vocab, n_valid, slice, parts, listed, wg, st;  grid: (parts, n_seqs, 1)
@@ -29,7 +29,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let rule = rule_of(whole(s, inverse, lid), inverse, bitcast<f32>(step[seq + {{ st.MIN_P }}u]));
   let top_k = step[seq + {{ st.TOP_K }}u];
   let top_p = bitcast<f32>(step[seq + {{ st.TOP_P }}u]);
-  var cut = vec3<u32>(1024u);
+  var cut = vec3<u32>({{ sampling.bins }}u);
   if (top_k > 0u || top_p < 1.0) {
     load_bins(s, lid);
     cut = edges(top_k, top_p, lid);

@@ -4,7 +4,7 @@
 // over prompt and answer, frequency and presence (OpenAI) over the answer. A token whose bit in the mask is not set, and
 // those from n_valid on, which the tokenizer does not have, are never chosen.
 // step;  logits (n_seqs, n_vocab) f32;  parts (n_seqs, parts, 4) u32, see lib/sampling.wgsl
-// [draw: bins (n_seqs, 1024, 2) u32]  [draw and (adjust or masked): adjusted (n_seqs, n_vocab) f32]
+// [draw: bins (n_seqs, 512, 2) u32]  [draw and (adjust or masked): adjusted (n_seqs, n_vocab) f32]
 // [adjust: bias (max_seqs, n_vocab) f32;  counts (max_seqs, n_vocab) u32]  [masked: mask (max_seqs, ceil(n_vocab / 32)) u32]
 // constants: n_vocab, n_valid, slice (of a part), parts, wg, draw, adjust, masked, st;  grid: (parts, n_seqs, 1)
 # import "lib/sampling.wgsl" as sampling
@@ -63,8 +63,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     return;
   }
   # if draw
-  for (var b = wid.x * {{ wg }}u + lid; b < 1024u; b += {{ parts * wg }}u) {
-    bins[s * 1024u + b] = vec2<u32>();
+  for (var b = wid.x * {{ wg }}u + lid; b < {{ sampling.bins }}u; b += {{ parts * wg }}u) {
+    bins[s * {{ sampling.bins }}u + b] = vec2<u32>();
   }
   # endif
   let start = wid.x * {{ slice }}u;

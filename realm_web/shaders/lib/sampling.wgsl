@@ -2,8 +2,9 @@
    exact in any order, and the same seed gives the same token.
    `parts` (n_seqs, parts, 4) holds of each slice of the vocabulary: largest logit, its lowest token id, sum of
    exp((logit - largest) / temperature), smallest logit.
-   `bins` (n_seqs, 1024, 2) holds how many tokens, and how much mass, lie how far below the largest logit. #}
+   `bins` (n_seqs, 512, 2) holds how many tokens, and how much mass, lie how far below the largest logit. #}
 # set lowest = "-3.4e38"
+# set bins = 512
 
 # macro whole(parts, wg, draw)
 struct Part {
@@ -57,10 +58,10 @@ struct Rule {
 }
 
 // The bins cover what has mass, (top - logit) / temperature < ln(2^30), or less if no logit lies so low. Their width is
-// a power of two, so that every kernel and its twin put a token into the same one.
+// a power of two, so that every kernel and its twin put a token into the same one: 256 to 512 of them for the range.
 fn rule_of(all: Part, inverse: f32, min_p: f32) -> Rule {
   let range = clamp((all.top - all.low) * inverse, 1e-6, 21.0);
-  let per_bin = bitcast<f32>((263u - (bitcast<u32>(range) >> 23u)) << 23u);
+  let per_bin = bitcast<f32>((262u - (bitcast<u32>(range) >> 23u)) << 23u);
   return Rule(all.top, inverse, 1073741824.0 / all.sum, min_p, per_bin);
 }
 
@@ -70,7 +71,7 @@ fn mass_of(rule: Rule, v: f32) -> u32 {
 }
 
 fn bin_of(rule: Rule, v: f32) -> u32 {
-  return u32(clamp((rule.top - v) * rule.inverse * rule.per_bin, 0.0, 1023.0));
+  return u32(clamp((rule.top - v) * rule.inverse * rule.per_bin, 0.0, {{ bins - 1 }}.0));
 }
 # endmacro
 
@@ -93,29 +94,29 @@ fn scan(value: vec2<u32>, lid: u32) -> vec2<u32> {
 # endmacro
 
 # macro edges(wg)
-var<workgroup> upto: array<vec2<u32>, 1024>;  // tokens and mass of each bin and all before it
+var<workgroup> upto: array<vec2<u32>, {{ bins }}>;  // tokens and mass of each bin and all before it
 var<workgroup> edge: u32;
 
 fn load_bins(s: u32, lid: u32) {
   var here = vec2<u32>();
-  for (var b = lid * {{ 1024 // wg }}u; b < (lid + 1u) * {{ 1024 // wg }}u; b++) {
-    here += bins[s * 1024u + b];
+  for (var b = lid * {{ bins // wg }}u; b < (lid + 1u) * {{ bins // wg }}u; b++) {
+    here += bins[s * {{ bins }}u + b];
     upto[b] = here;
   }
   let before = scan(here, lid);
-  for (var b = lid * {{ 1024 // wg }}u; b < (lid + 1u) * {{ 1024 // wg }}u; b++) {
+  for (var b = lid * {{ bins // wg }}u; b < (lid + 1u) * {{ bins // wg }}u; b++) {
     upto[b] += before;
   }
   workgroupBarrier();
 }
 
-// The first bin at which the count (0) or the mass (1) reaches `goal`; 1024 where none does.
+// The first bin at which the count (0) or the mass (1) reaches `goal`; {{ bins }} where none does.
 fn first_bin(goal: u32, channel: u32, lid: u32) -> u32 {
   if (lid == 0u) {
-    edge = 1024u;
+    edge = {{ bins }}u;
   }
   workgroupBarrier();
-  for (var b = lid * {{ 1024 // wg }}u; b < (lid + 1u) * {{ 1024 // wg }}u; b++) {
+  for (var b = lid * {{ bins // wg }}u; b < (lid + 1u) * {{ bins // wg }}u; b++) {
     if (upto[b][channel] >= goal && (b == 0u || upto[max(b, 1u) - 1u][channel] < goal)) {
       edge = b;
     }
@@ -131,16 +132,16 @@ fn top_p_goal(top_p: f32, kept: u32) -> u32 {
   return max(u32(ceil(top_p * f32(kept))), 1u);
 }
 
-// The bins that a filter cuts through: that of top-k (1024: none), and first and last of those where top-p may end,
-// which hangs on how much of the top-k bin stays (1024: none). All tokens of bins before these stay.
+// The bins that a filter cuts through: that of top-k ({{ bins }}: none), and first and last of those where top-p may end,
+// which hangs on how much of the top-k bin stays ({{ bins }}: none). All tokens of bins before these stay.
 fn edges(top_k: u32, top_p: f32, lid: u32) -> vec3<u32> {
-  var cut = vec3<u32>(1024u);
+  var cut = vec3<u32>({{ bins }}u);
   if (top_k > 0u) {
     cut.x = first_bin(top_k, 0u, lid);
   }
   if (top_p < 1.0) {
     let at_least = before_bin(cut.x, 1u);
-    let at_most = upto[min(cut.x, 1023u)].y;
+    let at_most = upto[min(cut.x, {{ bins - 1 }}u)].y;
     cut.y = first_bin(top_p_goal(top_p, at_least), 1u, lid);
     cut.z = first_bin(top_p_goal(top_p, at_most), 1u, lid);
   }

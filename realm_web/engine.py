@@ -101,6 +101,7 @@ class Engine:
         kv_type: Literal["f16", "f32", "q8_0"] = "f16",
         prefix_cache: bool | None = None,
         cpu_dequant: bool | None = None,
+        exact: bool | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         reopen: Callable[[], Awaitable[Source]] | None = None,
         on_progress: OnProgress = None,
@@ -113,8 +114,9 @@ class Engine:
         model's, at most 8192, if not given), `kv_tokens` how many all running ones together: as many as one
         if not given, "max" for all that the device has room for. `max_seqs` of them run at a time, and one
         forward pass takes `max_rows` tokens at most: longer prompts run in several. `kv_type` "q8_0" holds
-        twice the tokens of "f16". The prefix cache is on where the model allows it. `tenant_weights` are the
-        shares of the tenants that `generate` names, 1 where not given.
+        twice the tokens of "f16". The prefix cache is on where the model allows it. `exact` multiplies float32
+        activations, as software devices do anyway; hardware GPUs bring them into 8 bits, as llama.cpp does.
+        `tenant_weights` are the shares of the tenants that `generate` names, 1 where not given.
         Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
         """
         if isinstance(source, str | Path):
@@ -123,7 +125,7 @@ class Engine:
             name = source
             reopen = reopen or (lambda: open_source(name))
             source = await open_source(source)
-        sizes = Sizes(context, kv_tokens, max_seqs, max_rows, kv_type, prefix_cache, cpu_dequant)
+        sizes = Sizes(context, kv_tokens, max_seqs, max_rows, kv_type, prefix_cache, cpu_dequant, exact)
         try:
             model = await read_model(source, reopen)
             check_sizes(sizes, model.config)
@@ -250,11 +252,15 @@ class Engine:
                 self.scheduler.abort(answer.request.id)
         self._fill()
 
-    async def score(self, prompt: str | Sequence[int], *, priority: int = 0, tenant: str = "") -> Scores:
-        """How likely each token of a text is to the model after those before it."""
+    async def score(
+        self, prompt: str | Sequence[int], *, first: int = 1, priority: int = 0, tenant: str = ""
+    ) -> Scores:
+        """How likely each token of a text, from `first` on, is to the model after those before it."""
         ids = self.prompt_ids(prompt)
-        answer = await self._prompt_only(ids, "score", priority, tenant)
-        return Scores(ids, (None, *answer.values[: len(ids) - 1]))
+        if first < 1:
+            raise RequestError(f"first {first}: nothing predicts the token before 1")
+        answer = await self._prompt_only(ids, "score", priority, tenant, first_scored=first)
+        return Scores(ids, (*[None] * min(first, len(ids)), *answer.values[first - 1 : len(ids) - 1]))
 
     async def embed(
         self,
@@ -274,7 +280,7 @@ class Engine:
             pooling = POOLINGS.get(self.gguf.metadata.get(f"{self.config.architecture}.pooling_type"), "mean")
         if pooling not in POOLS:
             raise RequestError(f"pooling {pooling!r}: use {', '.join(POOLS)}")
-        answer = await self._prompt_only(self.prompt_ids(prompt), "embed", priority, tenant, pooling)
+        answer = await self._prompt_only(self.prompt_ids(prompt), "embed", priority, tenant, pooling=pooling)
         length = math.sqrt(math.fsum(v * v for v in answer.values)) if normalize else 1.0
         return [v / length for v in answer.values] if length else answer.values
 
@@ -312,7 +318,7 @@ class Engine:
         return self._grammars.compile(params.response_format)
 
     async def _prompt_only(
-        self, ids: tuple[int, ...], task: str, priority: int, tenant: str, pooling: str | None = None
+        self, ids: tuple[int, ...], task: str, priority: int, tenant: str, **how: Any
     ) -> Answer:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -326,7 +332,7 @@ class Engine:
 
         request = Request(
             f"r{next(self._names)}", ids, SamplingParams(), frozenset(), 0,
-            task=task, pooling=pooling, priority=priority, tenant=tenant,
+            task=task, priority=priority, tenant=tenant, **how,
         )  # fmt: skip
         answer = Answer(request, None, StopMatcher(()), sink, values=[0.0] * len(ids))
         self._add([answer])

@@ -43,6 +43,7 @@ class Request:
     salt: bytes = field(default=b"", kw_only=True)  # only requests of the same salt share cached blocks
     adapter: int = field(default=0, kw_only=True)
     pooling: str | None = field(default=None, kw_only=True)  # of "embed": "mean", "last" or "cls"
+    first_scored: int = field(default=1, kw_only=True)  # of "score": index of the first token that is scored
 
     token_ids: list[int] = field(init=False)  # prompt and answer, as far as read back
     stop_ids: frozenset[int] = field(init=False)

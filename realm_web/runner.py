@@ -103,6 +103,7 @@ class Runner:
         kv_type: str,
         prefix_cache: bool,
         n_valid: int,
+        exact: bool | None = None,
     ):
         """`context` tokens at most in a sequence, `n_blocks` blocks for all; tokens below n_valid are drawn.
 
@@ -111,6 +112,7 @@ class Runner:
         self.device, self.model = device, model
         self.context, self.n_blocks, self.prefix_cache = context, n_blocks, prefix_cache
         self.max_rows, self.max_seqs, self.kv_type, self.n_valid = max_rows, max_seqs, kv_type, n_valid
+        self.exact = exact
         self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
         seqs, rows = _bucket_for(max_seqs), _bucket_for(max_rows)
         self.layout = StepLayout(rows, max_seqs, -(-context // BLOCK_SIZE))
@@ -226,7 +228,7 @@ class Runner:
         program = device.program(str(bucket))
         recorder = Recorder(
             device, program, self.layout, device.view(self._step), device.view(self._slots),
-            bucket.n_rows, bucket.n_seqs, self._qt(bucket), bucket.splits, self._arena,
+            bucket.n_rows, bucket.n_seqs, self._qt(bucket), bucket.splits, self._arena, self.exact,
         )  # fmt: skip
         x = model.record_hidden(recorder, self.memory, self._ropes)
         end = 4 * bucket.n_seqs
@@ -331,7 +333,10 @@ class Runner:
                     tiles.append((seq.row_start + start) | min(qt, seq.n_rows - start) << 16)
             if request.task == "score":
                 targets += [NONE] * (seq.row_start - len(targets))
-                targets += request.prompt_ids[seq.kv_len - seq.n_rows + 1 : seq.kv_len + 1]
+                for position in range(
+                    seq.kv_len - seq.n_rows + 1, min(seq.kv_len + 1, len(request.prompt_ids))
+                ):
+                    targets.append(request.prompt_ids[position] if position >= request.first_scored else NONE)
             records.append(self._sequence_record(seq, request))
         words = layout.pack(
             tokens=batch.tokens, positions=batch.positions, row_seqs=batch.row_seq, records=records,

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
+from tiny import write_tiny
 
 from realm_web.__main__ import main
 from realm_web.cli import model
 from realm_web.cli.perplexity import Estimate, pieces
+from realm_web.tokenizer import Tokenizer
 
 TEXT = "to be or not to be, that is the question\n"
 
@@ -28,7 +31,8 @@ class ScriptedEngine:
         self.device = SimpleNamespace(kind="cpu", name="scripted", reason="test")
         self.value, self.asked, self.sizes, self.closed = value, [], {}, False
 
-    async def score(self, token_ids):
+    async def score(self, token_ids, *, first):
+        assert first == len(token_ids) // 2 + 1
         self.asked.append(token_ids)
         found = (self.value if self.value is not None else -math.log1p(token) for token in token_ids[1:])
         return SimpleNamespace(token_ids=tuple(token_ids), logprobs=(None, *found))
@@ -144,3 +148,38 @@ def test_a_model_that_computes_no_number_is_called_broken(scripted, tmp_path, ca
     assert main(["perplexity", "m.gguf", str(tmp_path / "text"), "--context", "8"]) == 2
     assert "computed no number" in capsys.readouterr().err
     assert engine.closed
+
+
+# ---- with models
+
+
+@pytest.mark.parametrize("device", ["cpu", "webgpu"])
+def test_the_perplexity_of_a_tiny_model_is_that_of_exact_arithmetic(tmp_path, capsys, device):
+    tiny = write_tiny(tmp_path / "tiny.gguf", add_bos=True, vocab=320)
+    (tmp_path / "text").write_text(TEXT * 6)
+    arguments = ["perplexity", str(tiny.path), str(tmp_path / "text"), "--context", "32", "--device", device]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+
+    tokenizer = Tokenizer.from_metadata(tiny.metadata)
+    ids = tokenizer.encode((TEXT * 6).removesuffix("\n"))
+    scored = []
+    for piece in pieces(ids, 32, tokenizer.bos_id):
+        logits = reference.logits(tiny.weights, tiny.metadata, piece)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        scored += [-logprobs[i, piece[i + 1]] for i in range(16, 31)]
+    assert report["scored_tokens"] == len(scored) >= 45
+    # float32 throughout, but for a KV cache of 11 bits
+    assert report["nll_per_token"] == pytest.approx(statistics.fmean(scored), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "golden"), [("smollm2_path", 15.929), ("gemma_path", 10.145)], ids=["SmolLM2", "Gemma"]
+)
+def test_the_perplexity_of_a_real_model_is_that_of_llama_perplexity(request, shared, capsys, path, golden):
+    model_path, text = request.getfixturevalue(path), shared / "fixtures" / "apache-2.0.txt"
+    assert main(["perplexity", str(model_path), str(text), "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    # llama.cpp rounds activations to 8 bits, which moves the third digit
+    assert report["perplexity"] == pytest.approx(golden, rel=0.005)
+    assert (report["pieces"], report["scored_tokens"]) == (4, 1020)

@@ -185,13 +185,14 @@ async def _measure(args: argparse.Namespace, text: str) -> None:
 async def _score_all(engine: "Engine", parts: Sequence[list[int]], bar: "WorkProgress") -> Estimate:
     """Score the second half of every part, a few parts at a time."""
     size = len(parts[0])
+    first = size // 2 + 1
     estimate, started = Estimate(), time.perf_counter()
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def score(part: list[int]) -> None:
         async with gate:
-            scores = await engine.score(part)
-        logprobs = scores.logprobs[size // 2 + 1 :]
+            scores = await engine.score(part, first=first)
+        logprobs = scores.logprobs[first:]
         if not all(map(math.isfinite, logprobs)):
             raise RealmError("the model computed no number for the probability of a token: a broken file?")
         estimate.add(logprobs)

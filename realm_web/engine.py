@@ -114,8 +114,9 @@ class Engine:
         model's, at most 8192, if not given), `kv_tokens` how many all running ones together: as many as one
         if not given, "max" for all that the device has room for. `max_seqs` of them run at a time, and one
         forward pass takes `max_rows` tokens at most: longer prompts run in several. `kv_type` "q8_0" holds
-        twice the tokens of "f16". The prefix cache is on where the model allows it. `exact` multiplies float32
-        activations, as software devices do anyway; hardware GPUs bring them into 8 bits, as llama.cpp does.
+        twice the tokens of "f16". The prefix cache is on where the model allows it. `exact` multiplies
+        float32 activations, as software devices do anyway; hardware GPUs bring them into 8 bits, as llama.cpp
+        does.
         `tenant_weights` are the shares of the tenants that `generate` names, 1 where not given.
         Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
         """

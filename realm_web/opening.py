@@ -57,6 +57,7 @@ class Sizes:
     kv_type: Literal["f16", "f32", "q8_0"] = "f16"
     prefix_cache: bool | None = None  # None: where the model allows it
     cpu_dequant: bool | None = None  # None: if half of the free memory is enough
+    exact: bool | None = None  # products of float32 activations; None: of 8-bit ones on a hardware GPU
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ async def place(
                 device, transformer, ropes, context=context, n_blocks=n_blocks, max_seqs=sizes.max_seqs,
                 max_rows=sizes.max_rows, kv_type=sizes.kv_type,
                 prefix_cache=sizes.prefix_cache is not False and not config.is_recurrent,
-                n_valid=model.tokenizer.n_vocab,
+                n_valid=model.tokenizer.n_vocab, exact=sizes.exact,
             )  # fmt: skip
         except DeviceError as error:
             raise _room_error(error, model, context, device) from error

@@ -71,6 +71,8 @@ async def open_engine(args: argparse.Namespace, **sizes: int) -> "Engine":
             device=args.device,
             context=args.context,
             cpu_dequant=args.cpu_dequant,
+            exact=args.exact,
+            kv_type=args.kv_type,
             on_progress=progress,
-            **sizes,
+            **{"kv_tokens": args.kv_tokens} | sizes,
         )

@@ -60,7 +60,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
-    """--device, --context and --cpu-dequant, as `open_engine` reads them; `context` is the default."""
+    """What `open_engine` reads; `context` is the default of --context."""
     add_device(parser)
     usual = "the model's, at most 8192" if context is None else str(context)
     parser.add_argument(
@@ -72,6 +72,29 @@ def add_engine(parser: argparse.ArgumentParser, *, context: int | None = None) -
         help="on the CPU, keep weights as float32: quicker, four bytes a weight "
         "(default: if half the free memory is enough)",
     )
+    parser.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, multiply float32 activations rather than 8-bit ones: slower "
+        "(default: only on software devices)",
+    )
+    parser.add_argument(
+        "--kv-type",
+        choices=("f16", "f32", "q8_0"),
+        default="f16",
+        help="type of the KV cache; q8_0 is half of f16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-tokens",
+        type=_kv_tokens,
+        metavar="N",
+        help="tokens that all requests may hold together, or 'max': what the device has room for "
+        "(default: as many as --context)",
+    )
+
+
+def _kv_tokens(text: str) -> int | str:
+    return text if text == "max" else int(text)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -35,9 +35,6 @@ LEVELS = {
     "kvcache": 4,
     "sampler": 4,
     "grammar": 4,
-    "grammar_ebnf": 4,
-    "grammar_native": 4,
-    "grammar_page": 4,
     "request": 5,
     "fairness": 5,
     "scheduler": 5,
@@ -64,13 +61,13 @@ THIRD_PARTY = {
     "jinja2": ("chat", "runtime.template"),
     "wgpu": ("runtime.webgpu*",),
     "js": ("runtime.browser",),
-    "pyodide": ("runtime.browser",),
+    "pyodide": ("runtime.browser", "grammar.page"),
     "pyodide_js": ("runtime.browser",),
     "numpy": ("runtime.cpu*", "dequant*", "quantize", "convert"),
     "native": ("runtime.native",),
     "rich": ("cli*",),
     "huggingface_hub": ("sources",),
-    "llguidance": ("grammar_native",),
+    "llguidance": ("grammar.native",),
 }
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
@@ -82,7 +79,7 @@ NATIVE_ONLY = (
     "quantize",
     "sources",
     "convert",
-    "grammar_native",
+    "grammar.native",
 )
 NOT_IN_A_PAGE = {
     "_thread",
@@ -214,7 +211,7 @@ def test_the_page_loads_without_numpy_wgpu_rich_and_native_modules():
         f"realm_web.{module}"
         for module in modules()
         if (level(module) < 6 or module == "page")
-        and not is_one_of(module, (*NATIVE_ONLY, "runtime.browser"))
+        and not is_one_of(module, (*NATIVE_ONLY, "runtime.browser", "grammar.page"))
     ]
     script = f"""
 import importlib, sys

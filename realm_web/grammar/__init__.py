@@ -1,9 +1,16 @@
 """Structured output: what an answer must look like, and the interface of what enforces it.
 
 A response format (JSON mode, a JSON Schema, a regular expression, a grammar) is checked here for shape and
-size and becomes a `Constraint`. A `GrammarEngine` compiles that for one vocabulary; the `Matcher` that comes
-out says after every token which tokens may follow, as a bitmask that the device applies. The engines are
-libraries: llguidance natively (`grammar_native`), XGrammar as WebAssembly in the page (`grammar_page`).
+size and becomes a `Constraint`. A `GrammarEngine` compiles that for one vocabulary; the `Matcher` that
+comes out says after every token which tokens may follow, as a bitmask that the device applies. Natively the
+engine is llguidance (`native`). In a page it is our own (`page`, with `schema`, `regex`, `ebnf`, `rules`,
+`machine`), of less reach: what it cannot say exactly it refuses.
+
+Why our own: llguidance is published for no page. The one library that is, XGrammar (npm
+@mlc-ai/web-xgrammar 0.1.27, 1.1 MB), was tried and is neither exact nor bounded. It lets {"type": "number",
+"maximum": 3} be 3.1, a bare quote stand in a string with a pattern, and an optional property come twice,
+the second time of any type; it drops what stands beside anyOf. An error of the request aborts the module
+without a word; maxLength 300 took 4 s to compile and 200 optional properties more than 3 minutes.
 
 Knows no device and no request. The limits are there because a schema may come from a stranger: with them,
 compiling is bounded in time and memory (measured in the tests), which the libraries alone do not promise.
@@ -15,14 +22,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from reprlib import repr as short
 from typing import Literal, Protocol
 
-from .errors import RequestError
-from .tokenizer import Tokenizer
+from realm_web.errors import RequestError
+from realm_web.tokenizer import Tokenizer
 
 Kind = Literal["schema", "regex", "lark", "ebnf"]
 
@@ -92,19 +99,19 @@ class GrammarEngine(Protocol):
         """Write the mask of each matcher at its row of `masks`, (n, ceil(n_vocab / 32)) u32."""
 
 
-async def open_grammar(tokenizer: Tokenizer, n_vocab: int, *, library: str | None = None) -> GrammarEngine:
-    """The engine for this place: llguidance natively, XGrammar in a page.
+async def open_grammar(tokenizer: Tokenizer, n_vocab: int) -> GrammarEngine:
+    """The engine for this place: llguidance natively, our own in a page.
 
-    `n_vocab`: rows of the model's output, at least as many as the tokenizer has tokens. `library`: where the
-    page finds XGrammar, when not beside its own assets. UnsupportedError with the cure when it is missing.
+    `n_vocab`: rows of the model's output, usually as many as the tokenizer has tokens, or more.
+    UnsupportedError with the cure when llguidance is missing.
     """
     if not tokenizer.eog_ids:
         raise RequestError("response_format: this model has no token that ends an answer, which it needs")
     if sys.platform == "emscripten":
-        from .grammar_page import open_page_grammar
+        from realm_web.grammar.page import PageGrammarEngine
 
-        return await open_page_grammar(tokenizer, n_vocab, library)
-    from .grammar_native import NativeGrammarEngine
+        return PageGrammarEngine(tokenizer, n_vocab)
+    from realm_web.grammar.native import NativeGrammarEngine
 
     return NativeGrammarEngine(tokenizer, n_vocab)
 
@@ -147,6 +154,14 @@ def token_table(tokenizer: Tokenizer, n_vocab: int) -> list[bytes]:
     table = [tokenizer.token_bytes(i) for i in range(min(tokenizer.n_vocab, n_vocab))]
     table = [b"" if text.startswith(b"\xff") else text for text in table]
     return table + [b""] * (n_vocab - len(table))
+
+
+def end_mask(eog_ids: Iterable[int], n_vocab: int) -> bytes:
+    """The mask that allows nothing but the end."""
+    mask = bytearray((n_vocab + 31) // 32 * 4)
+    for token in eog_ids:
+        mask[token // 8] |= 1 << token % 8
+    return bytes(mask)
 
 
 def _only(mapping: Mapping[str, object], where: str, *allowed: str) -> None:

@@ -1,11 +1,11 @@
 """Structured output natively: llguidance, a derivative-based lexer under an Earley parser, in Rust.
 
 https://github.com/guidance-ai/llguidance. Its limits on work per step and on the size of the automaton are
-set here. Forced tokens are off: where the grammar leaves one continuation, the model still chooses how to cut
-it into tokens, so the mask is exactly the set of tokens that may follow, as in the page.
+set here. Forced tokens are off: where the grammar leaves one continuation, the model still chooses how to
+cut it into tokens, so the mask is exactly the set of tokens that may follow, as in the page.
 
-The lock of the interpreter is released while a grammar compiles and while masks are computed; `fill` spreads
-masks over threads of the library's own.
+The lock of the interpreter is released while a grammar compiles and while masks are computed; `fill`
+spreads masks over threads of the library's own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from .errors import RequestError, UnsupportedError
-from .grammar import CACHED, MAX_SPACE, Constraint, Matcher, read_response_format, token_table
-from .grammar_ebnf import ebnf_to_lark
-from .tokenizer import Tokenizer
+from realm_web.errors import RequestError, UnsupportedError
+from realm_web.grammar import (
+    CACHED,
+    MAX_SPACE,
+    Constraint,
+    Matcher,
+    end_mask,
+    read_response_format,
+    token_table,
+)
+from realm_web.grammar.ebnf import parse_ebnf, rules_to_lark
+from realm_web.tokenizer import Tokenizer
 
 try:
     import llguidance
@@ -43,7 +51,7 @@ class NativeGrammarEngine:
         self.name = f"llguidance {llguidance.__version__}"
         self.n_vocab = n_vocab
         self.eog_ids = frozenset(token for token in tokenizer.eog_ids if token < n_vocab)
-        self.end_mask = bytes(_bitmask(self.eog_ids, n_vocab))
+        self.end_mask = end_mask(self.eog_ids, n_vocab)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, n_vocab)), eos_token=sorted(self.eog_ids)
         )
@@ -164,17 +172,10 @@ def _lark(constraint: Constraint) -> str:
             schema = json.loads(constraint.text) | {"x-guidance": {"whitespace_pattern": _SPACE}}
             return f"start: %json {json.dumps(schema)}"
         case "regex":
-            return f"start: /{llguidance.regex_to_lark(constraint.text, '')}/"
+            return f"start: /{llguidance.regex_to_lark(constraint.text, 'dws')}/"
         case "ebnf":
-            return ebnf_to_lark(constraint.text)
+            return rules_to_lark(parse_ebnf(constraint.text))
     return constraint.text
-
-
-def _bitmask(token_ids: frozenset[int], n_vocab: int) -> bytearray:
-    mask = bytearray((n_vocab + 31) // 32 * 4)
-    for token in token_ids:
-        mask[token // 8] |= 1 << token % 8
-    return mask
 
 
 def _reason(error: str) -> str:

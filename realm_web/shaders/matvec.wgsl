@@ -88,24 +88,35 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endfor
     # endfor
   # endmacro
-  # macro add(ragged)
-    # for u in range(unroll)
-    # for m in range(m_tile)
+  # macro activations(u, m, ragged)
     {{ "var" if ragged else "let" }} x{{ u }}_{{ m }} = x_fetch(m0 + {{ m }}u, {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
     # if ragged
     x{{ u }}_{{ m }}.d = select(0.0, x{{ u }}_{{ m }}.d, c{{ u }} < {{ chunks }}u);
     # endif
-    # endfor
+  # endmacro
+  # macro add(ragged)
+    # for u in range(unroll)
+    # if m_tile == 1
+{{ activations(u, 0, ragged) }}
+    # endif
     # for r in range(rows)
     # for part in range(parts)
-    {
-      let v = w_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
-      # for m in range(m_tile)
-      acc{{ (r * m_tile + m) * parts + part }} += product(v, x{{ u }}_{{ m }});
-      # endfor
-    }
+    let v{{ u }}_{{ r }}_{{ part }} = w_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
+    # if m_tile == 1
+    acc{{ r * parts + part }} += product(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_0);
+    # endif
     # endfor
     # endfor
+    # if m_tile > 1
+    # for m in range(m_tile)
+{{ activations(u, m, ragged) }}
+    # for r in range(rows)
+    # for part in range(parts)
+    acc{{ (r * m_tile + m) * parts + part }} += product(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_{{ m }});
+    # endfor
+    # endfor
+    # endfor
+    # endif
     # endfor
   # endmacro
   # set span = lanes * unroll
@@ -153,13 +164,18 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # endif
   # endfor
-  if (lane == 0u) {
-    # for r in range(rows)
-    # for m in range(m_tile)
-    # set a = (r * m_tile + m) * (2 if act else 1)
-    store(m0 + {{ m }}u, n0 + {{ r }}u, acc{{ a }}, {{ "acc%d" % (a + 1) if act else "0.0" }});
+  // lane a stores the a-th output of its rows of weights
+  # set outputs = rows * m_tile
+  for (var a = lane; a < {{ outputs }}u; a += {{ lanes }}u) {
+    var first = acc0;
+    var second = {{ "acc1" if act else "0.0" }};
+    # for a in range(1, outputs)
+    first = select(first, acc{{ a * parts }}, a == {{ a }}u);
+    # if act
+    second = select(second, acc{{ a * parts + 1 }}, a == {{ a }}u);
+    # endif
     # endfor
-    # endfor
+    store(m0 + a % {{ m_tile }}u, n0 + a / {{ m_tile }}u, first, second);
   }
   # else
   # if across

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CHATML, write_tiny
 
 from realm_web import batchfile
 from realm_web.__main__ import main
 from realm_web.batchfile import Answer, LineError, parse
 from realm_web.cli import batch, model
+from realm_web.engine import Engine
 from realm_web.errors import DeviceError, OutOfDeviceMemory, RealmError, RequestError
 from realm_web.sampler import SamplingParams
 
@@ -466,3 +468,49 @@ def test_batch_refuses_what_makes_no_sense(folder, monkeypatch, capsys, flags, w
     monkeypatch.chdir(folder.input.parent)
     assert folder.run(*flags) == 2
     assert words in capsys.readouterr().err
+
+
+# ---- with a model
+
+
+async def alone(path, data: bytes) -> list[tuple[str, list[int], str]]:
+    """Text, token ids and finish reason of each answer to a line, when nothing else runs."""
+    request = parse(data, 1)
+    engine = await Engine.open(path, device="cpu", max_seqs=4)
+    answer = Answer(request)
+    prompt = request.prompt if request.messages is None else engine.chat_prompt(request.messages)
+    async for piece in engine.generate(prompt, request.params):
+        answer.add(piece)
+    await engine.close()
+    result = answer.result(str)
+    return [(c["text"], c["token_ids"], c["finish_reason"]) for c in result.get("choices", [result])]
+
+
+def test_a_batch_answers_every_line_as_if_it_were_alone(tmp_path, capsys):
+    path = write_tiny(tmp_path / "tiny.gguf", chat_template=CHATML, context=64).path
+    lines = [
+        line(custom_id="chat", messages=[HELLO], max_tokens=6, temperature=0),
+        line(custom_id="raw", prompt="the world", raw=True, max_tokens=9, temperature=0.8, seed=5, top_p=0.9),
+        line(custom_id="two", prompt="hello", raw=True, max_tokens=4, temperature=1.5, seed=6, n=2),
+        line(custom_id="ids", prompt=[40, 41, 42], max_tokens=3, temperature=0, logprobs=2),
+        line(custom_id="stop", prompt="a", raw=True, max_tokens=30, temperature=2, seed=1, stop=["e", "t"]),
+        line(custom_id="bias", prompt="a", raw=True, max_tokens=3, temperature=0, logit_bias={"65": 100}),
+        line(custom_id="long", prompt=[7] * 90, max_tokens=3),
+        line(custom_id="alien", prompt=[9999], max_tokens=3),
+    ]
+    (tmp_path / "in").write_bytes(b"\n".join(lines))
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["batch", str(path), *arguments, "--max-seqs", "4", "--kv-tokens", "128"]) == 0
+    capsys.readouterr()
+    results = {r["custom_id"]: r for r in map(json.loads, (tmp_path / "out").read_bytes().splitlines())}
+    assert len(results) == len(lines)
+    for data in lines[:-2]:
+        result = results[json.loads(data)["custom_id"]]
+        got = [(c["text"], c["token_ids"], c["finish_reason"]) for c in result.get("choices", [result])]
+        assert got == asyncio.run(alone(path, data))
+    assert results["bias"]["token_ids"] == [65, 65, 65]
+    assert [len(entry["top_logprobs"]) for entry in results["ids"]["logprobs"]] == [2, 2, 2]
+    assert all(e["top_logprobs"][0]["logprob"] == e["logprob"] <= 0 for e in results["ids"]["logprobs"])
+    assert results["two"]["usage"]["completion_tokens"] == 8
+    assert "90 tokens" in results["long"]["error"]["message"]
+    assert "9999" in results["alien"]["error"]["message"]

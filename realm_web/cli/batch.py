@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   realm batch model.gguf --input requests.jsonl --output answers.jsonl
   realm batch model.gguf --input requests.jsonl --output answers.jsonl --retry-errors
+  realm batch model.gguf --input requests.jsonl --output answers.jsonl --max-seqs 64 --kv-tokens max
   echo '{"custom_id": "a", "prompt": "Once upon a time", "raw": true, "max_tokens": 32}' > one.jsonl"""
 
 MAX_SEQS = 32

@@ -14,7 +14,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from math import prod
 
+from realm_web.models.config import kv_head_bytes
 from realm_web.ops import Pages
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor
@@ -195,7 +197,8 @@ def alloc_pages(
     ring: int,
     max_seqs: int,
 ) -> Pages:
-    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many per slot; f16 or f32."""
+    """Memory for one layer: `n_blocks` blocks for all, or with `ring` so many per slot; f16, f32 or q8_0."""
     shape = (ring * max_seqs or n_blocks, n_kv_heads, block_size, head_dim)
-    k, v = (Tensor.alloc(device, shape, dtype, "KV cache") for _ in range(2))
+    nbytes = prod(shape[:3]) * kv_head_bytes(dtype, head_dim)
+    k, v = (Tensor(device.alloc(nbytes, "KV cache"), 0, nbytes, shape, dtype) for _ in range(2))
     return Pages(k, v, ring)

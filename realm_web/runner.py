@@ -18,7 +18,7 @@ from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable
 from realm_web.models.shortconv import States
 from realm_web.models.transformer import Transformer
-from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, State, query_tile
+from realm_web.ops import MATVEC_ROWS, Pages, Recorder, Rope, State, contexts, query_tile
 from realm_web.ops.sampling import LOGPROB_WORDS
 from realm_web.runtime.device import Device, Program, Readback
 from realm_web.sampler import SamplingParams, mask_words
@@ -28,7 +28,6 @@ from realm_web.tensor import PART_ALIGNMENT, Tensor
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PREFILL_BUCKETS = (32, 128, 512)  # compiled when the model is opened, with the bucket of 1
-SPLIT_AT = ((256, 1), (1024, 4), (1 << 30, 16))  # attention parts up to so many tokens of context
 FOREVER = 0xFFFFFFFF  # in place of a position
 POOLS = {"mean": StepLayout.MEAN, "last": StepLayout.LAST, "cls": StepLayout.CLS}
 
@@ -39,7 +38,7 @@ class Bucket:
 
     n_rows: int
     n_seqs: int
-    splits: int
+    context: int  # tokens of its longest sequence, at most
     decode: bool  # every sequence has one row
     sample: bool = True  # some sequence is to get tokens
     draw: bool = False  # some sequence is not greedy
@@ -116,6 +115,7 @@ class Runner:
         self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
         seqs, rows = _bucket_for(max_seqs), _bucket_for(max_rows)
         self.layout = StepLayout(rows, max_seqs, -(-context // BLOCK_SIZE))
+        self._contexts = contexts(device, context)
         self._states = self._alloc_states()
         self.memory = self._memory()
         self._step = device.alloc(4 * self.layout.n_words, "step")
@@ -138,12 +138,12 @@ class Runner:
 
     async def prepare(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Record and compile the programs that one conversation needs."""
-        splits = {1} if self.device.info.is_cpu else {splits for _, splits in SPLIT_AT}
-        for n_splits in sorted(splits):
-            self._record(Bucket(1, 1, n_splits, decode=True))
-        self._record(Bucket(1, 1, 1, decode=True, draw=True))
+        for context in self._contexts:
+            self._record(Bucket(1, 1, context, decode=True))
+        self._record(Bucket(1, 1, self._contexts[0], decode=True, draw=True))
         for n_rows in self._prefill_buckets:
-            self._record(Bucket(n_rows, 1, 1, decode=n_rows <= MATVEC_ROWS))
+            if n_rows > 1:
+                self._record(Bucket(n_rows, 1, self.context, decode=False))
         await self.device.compile(on_progress)
 
     def has(self, bucket: Bucket) -> bool:
@@ -211,16 +211,15 @@ class Runner:
         """What program this batch needs."""
         longest = max(seq.kv_len for seq in batch.seqs)
         n_rows = _bucket_for(batch.n_rows)
-        decode = batch.is_decode or n_rows <= MATVEC_ROWS
-        if not decode:  # the buckets that are compiled already
+        decode = all(seq.n_rows == 1 for seq in batch.seqs)
+        context = next(n for n in self._contexts if longest <= n)
+        if not decode and n_rows > MATVEC_ROWS:  # the buckets that are compiled already
             n_rows = next(b for b in self._prefill_buckets if b >= n_rows)
-        splits = 1
-        if decode and not self.device.info.is_cpu:
-            splits = next(splits for length, splits in SPLIT_AT if longest <= length)
+            context = context if len(batch.seqs) > 1 else self.context
         wanted = frozenset().union(*map(features, requests))
         flags = {name: name in wanted for name in FEATURES}
         sample = any(request.task == "generate" for request in requests)
-        return Bucket(n_rows, _bucket_for(len(batch.seqs)), splits, decode, sample, **flags)
+        return Bucket(n_rows, _bucket_for(len(batch.seqs)), context, decode, sample, **flags)
 
     def _record(self, bucket: Bucket) -> None:
         """Record the whole pass for a bucket. New kernels are still to be compiled."""
@@ -228,7 +227,8 @@ class Runner:
         program = device.program(str(bucket))
         recorder = Recorder(
             device, program, self.layout, device.view(self._step), device.view(self._slots),
-            bucket.n_rows, bucket.n_seqs, self._qt(bucket), bucket.splits, self._arena, self.exact,
+            bucket.n_rows, bucket.n_seqs, self._qt(bucket), bucket.context, self._arena, self.exact,
+            bucket.decode,
         )  # fmt: skip
         x = model.record_hidden(recorder, self.memory, self._ropes)
         end = 4 * bucket.n_seqs
@@ -275,8 +275,8 @@ class Runner:
         return self._tables[name]
 
     def _qt(self, bucket: Bucket) -> int:
-        """Query rows per attention tile: one where each sequence has one row, else what a workgroup keeps."""
-        if bucket.decode:
+        """Query rows per attention tile: one where rows are few or of a sequence each."""
+        if bucket.decode or bucket.n_rows <= MATVEC_ROWS:
             return 1
         return query_tile(self.device, self.config.heads_per_kv, self.config.head_dim)
 

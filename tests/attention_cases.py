@@ -3,122 +3,231 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from kernel_cases import FMA, ST, Case, normal, step_words
+from kernel_cases import EXACT, FMA, ST, Case, normal, step_words
+
+SIZE = 16  # tokens of a page
+N_BLOCKS = 64
+
+# query heads, kv heads, head_dim, dimensions that rotate, neox, more constants
+ROPES = (
+    (4, 2, 64, 64, False, {}),
+    (3, 1, 32, 32, True, {}),
+    (2, 2, 80, 32, True, {"ring": 5}),
+    (2, 1, 64, 48, False, {"norm": True}),
+    (2, 1, 128, 128, True, {"norm": True}),
+    (2, 1, 64, 0, False, {}),
+)
+
+# query heads, kv heads, head_dim, splits, (first position, rows) of each sequence, more constants
+ROWS = (
+    (4, 2, 64, 1, [(0, 1), (130, 1), (77, 1)], {}),
+    (4, 2, 64, 1, [(3, 5), (130, 2)], {"nq": 1}),
+    (9, 3, 64, 4, [(200, 1), (0, 1)], {}),
+    (2, 1, 256, 2, [(90, 1)], {"lanes": 16}),
+    (8, 1, 32, 1, [(40, 1)], {"lanes": 2, "batch": 1}),
+    (2, 2, 80, 1, [(40, 1)], {}),
+    (4, 2, 64, 1, [(0, 1), (130, 1)], {"window": 40, "softcap": 5.0}),
+    (4, 2, 64, 3, [(250, 1), (3, 1)], {"window": 100, "ring": 8, "sinks": True}),
+    (2, 1, 64, 1, [(50, 1), (3, 1)], {"sinks": True, "kv": "f32"}),
+    (4, 2, 64, 3, [(0, 9), (200, 1), (100, 5)], {"rows": "single"}),
+    (4, 2, 64, 1, [(140, 1), (31, 1)], {"kv": "q8_0"}),
+    (2, 2, 80, 2, [(140, 1), (15, 1)], {"kv": "q8_0", "wg": 128, "chunk": 128}),
+)
+
+# the same, of which the row's own key and value are made in the kernel; and what rotates, neox
+FUSED = (
+    (4, 2, 64, 1, [(0, 1), (130, 1), (77, 1)], {"rot_dim": 64, "neox": False}),
+    (4, 2, 64, 3, [(0, 1), (130, 1), (95, 1)], {"rot_dim": 64, "neox": True, "norm": True, "nq": 1}),
+    (9, 3, 64, 4, [(200, 1), (15, 1)], {"rot_dim": 48, "neox": False, "norm": True, "kv": "f32"}),
+    (2, 2, 80, 1, [(40, 1), (16, 1)], {"rot_dim": 0, "neox": True, "kv": "q8_0"}),
+    (4, 2, 128, 2, [(70, 1)], {"rot_dim": 128, "neox": True, "kv": "q8_0"}),
+    (4, 2, 64, 2, [(250, 1), (3, 1)], {"rot_dim": 64, "neox": True, "window": 100, "ring": 8, "sinks": True}),
+)
+
+# the same of tiles; splits are the rows per tile
+TILES = (
+    (4, 2, 64, 16, [(0, 9), (100, 26)], {}),
+    (2, 1, 128, 8, [(70, 3)], {"mr": 2, "nr": 8}),
+    (2, 2, 32, 8, [(0, 20), (5, 1)], {"tm": 4, "mr": 2}),
+    (2, 2, 80, 5, [(40, 5)], {"mr": 1}),
+    (6, 2, 256, 4, [(40, 5)], {"mr": 2}),
+    (4, 2, 64, 8, [(0, 9), (100, 6), (30, 1)], {"window": 20, "sinks": True, "skip": True, "mr": 2, "nq": 1}),
+    (4, 2, 64, 8, [(150, 9), (3, 2)], {"window": 33, "ring": 6, "mr": 2, "softcap": 5.0}),
+    (4, 2, 64, 8, [(50, 9), (3, 2)], {"kv": "f32", "mr": 2}),
+    (4, 2, 96, 8, [(50, 9), (3, 2)], {"kv": "q8_0", "mr": 2, "keys": 8}),
+)
 
 
 def cases() -> Iterator[Case]:
     yield from rope_cases()
-    yield from attention_cases()
+    for of, shapes in ((row_cases, ROWS), (row_cases, FUSED), (tile_cases, TILES)):
+        for shape in shapes:
+            for subgroup in (0, -1):
+                yield from of(*shape, subgroup)
+    yield from merge_cases()
+
+
+def pages(rng: np.random.Generator, kv: str, n_kv: int, hd: int) -> list[np.ndarray]:
+    """Random keys and values."""
+    shape = (N_BLOCKS, n_kv, SIZE, hd)
+    if kv != "q8_0":
+        return [normal(rng, *shape).astype(np.float16 if kv == "f16" else np.float32) for _ in range(2)]
+    made = []
+    for _ in range(2):
+        values = rng.integers(-127, 128, shape, dtype=np.int8).reshape(N_BLOCKS, n_kv, -1)
+        scales = rng.uniform(0.005, 0.02, (N_BLOCKS, n_kv, SIZE * 2 * -(-hd // 64))).astype(np.float16)
+        made.append(np.concatenate([values.view(np.uint8), scales.view(np.uint8)], axis=-1))
+    return made
+
+
+def turns_of(rot_dim: int) -> np.ndarray:
+    inverse = 10000.0 ** (-np.arange(rot_dim // 2) * 2 / max(rot_dim, 1))
+    return np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32) if rot_dim else np.zeros(1, np.uint32)
+
+
+def named(kernel: str, n_heads: int, n_kv: int, hd: int, more: dict[str, Any]) -> str:
+    return f"{kernel} {n_heads}/{n_kv} heads of {hd}" + "".join(f" {k} {v}" for k, v in more.items())
 
 
 def rope_cases() -> Iterator[Case]:
-    for n_heads, n_kv, hd, rot, neox, ring in (
-        (4, 2, 64, 64, False, 0),
-        (3, 1, 32, 32, True, 0),
-        (2, 2, 80, 32, True, 5),
-        (2, 1, 64, 48, False, 0),
-        (2, 1, 64, 0, False, 0),
-    ):
+    for n_heads, n_kv, hd, rot, neox, more in ROPES:
+        norm = more.get("norm", False)
 
-        def tensors(rng, n_heads=n_heads, n_kv=n_kv, hd=hd, rot=rot):
+        def tensors(rng, kv="f16", n_heads=n_heads, n_kv=n_kv, hd=hd, rot=rot, norm=norm):
             step = step_words([(0, 3), (200, 1), (31, 2)], rng=rng)
-            inverse = 10000.0 ** (-np.arange(rot // 2) * 2 / max(rot, 1))
-            turns = (
-                np.round(inverse / (2 * np.pi) * 2**32).astype(np.uint32) if rot else np.zeros(1, np.uint32)
-            )
-            pages = [np.zeros((64, n_kv, 16, hd), np.float16) for _ in range(2)]
+            zeros = [np.zeros_like(page) for page in pages(rng, kv, n_kv, hd)]
             qkv = normal(rng, 8, (n_heads + 2 * n_kv) * hd)
-            return [step, qkv, turns, np.zeros((8, n_heads * hd), np.float32), *pages]
+            weights = [normal(rng, hd) for _ in range(2 * norm)]
+            return [step, qkv, turns_of(rot), *weights, np.zeros((8, n_heads * hd), np.float32), *zeros]
 
         consts = {
             "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "rot_dim": rot, "neox": neox,
-            "magnitude": 1.0 if neox else 1.2, "block_size": 16, "ring": ring, "kv": "f16", "st": ST,
+            "magnitude": 1.0 if neox else 1.2, "norm": norm, "eps": 1e-5, "block_size": SIZE, "ring": 0,
+            "kv": "f16", "subgroup": 0, "st": ST, **more,
         }  # fmt: skip
-        grid = (-(-(n_heads + 2 * n_kv) * hd // 128), 8)
-        name = f"rope_store {n_heads}/{n_kv} heads of {hd}, {rot} {'neox' if neox else 'normal'}"
-        name += " ring" * bool(ring)
+        grid, outputs = (n_heads + 2 * n_kv, 8), (4 + 2 * norm, 5 + 2 * norm)
+        name = named("rope_store", n_heads, n_kv, hd, {"rot": rot, "neox": neox, **more})
         # sin and cos: WGSL allows 2^-11 absolute, adapters do about 1e-6; k and v are rounded to float16
-        yield Case(name, "rope_store", consts, tensors, (3,), grid, 2e-5)
-        yield Case(name + " cache", "rope_store", consts, tensors, (4, 5), grid, 6e-4, dtype="f16")
-
-        def wide(rng, tensors=tensors):
-            given = tensors(rng)
-            return [*given[:4], *(page.astype(np.float32) for page in given[4:])]
-
-        yield Case(name + " f32", "rope_store", consts | {"kv": "f32"}, wide, (4, 5), grid, 2e-5)
-
-
-def attention_cases() -> Iterator[Case]:
-    shapes = (
-        (4, 2, 64, 1, 1, [(0, 1), (130, 1), (77, 1)], {}),
-        (9, 3, 64, 1, 4, [(200, 1), (0, 1)], {}),
-        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {}),
-        (2, 1, 128, 2, 1, [(70, 3)], {}),
-        (2, 2, 32, 8, 1, [(0, 20), (5, 1)], {}),
-        (2, 1, 256, 1, 2, [(90, 1)], {}),
-        (2, 2, 80, 2, 1, [(40, 5)], {}),
-        (4, 2, 64, 1, 1, [(0, 1), (130, 1)], {"window": 40, "softcap": 5.0}),
-        (4, 2, 64, 4, 1, [(0, 9), (100, 6)], {"window": 20, "sinks": True}),
-        (4, 2, 64, 1, 3, [(250, 1), (3, 1)], {"window": 100, "ring": 8, "sinks": True}),
-        (4, 2, 64, 2, 1, [(150, 9), (3, 2)], {"window": 33, "ring": 4}),
-        (4, 2, 64, 2, 1, [(50, 9), (3, 2)], {"kv": "f32"}),
-    )
-    for n_heads, n_kv, hd, qt, splits, seqs, more in shapes:
-        for subgroup in (0, -1):
-            n_rows = sum(n for _, n in seqs)
-
-            def tensors(
-                rng, n_heads=n_heads, n_kv=n_kv, hd=hd, qt=qt, splits=splits, seqs=seqs, n_rows=n_rows,
-                sinks="sinks" in more and splits == 1, kv=np.float32 if "kv" in more else np.float16,
-            ):  # fmt: skip
-                pages = [normal(rng, 64, n_kv, 16, hd).astype(kv) for _ in range(2)]
-                out = (n_rows, n_heads, splits, hd + 2) if splits > 1 else (n_rows, n_heads * hd)
-                step = step_words(seqs, rng=rng, qt=qt)
-                extra = [normal(rng, n_heads)] * sinks
-                return [
-                    step,
-                    normal(rng, n_rows, n_heads * hd) * 2,
-                    *pages,
-                    *extra,
-                    np.zeros(out, np.float32),
-                ]
-
-            consts = {
-                "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": 16, "scale": hd**-0.5,
-                "qt": qt, "splits": splits, "wg": 64, "subgroup": subgroup, "st": ST,
-                "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", **more,
-                "sinks": "sinks" in more and splits == 1,
-            }  # fmt: skip
-            tiles = sum(-(-n // qt) for _, n in seqs)
-            name = f"attention {n_heads}/{n_kv} heads of {hd}, qt {qt}, splits {splits}"
-            name += "".join(f" {key}" for key in more) + " subgroups" * bool(subgroup)
-            needs = ("subgroups",) if subgroup else ()
+        yield Case(name, "rope_store", consts, tensors, outputs[:1], grid, 2e-5)
+        yield Case(name + " cache", "rope_store", consts, tensors, outputs, grid, 6e-4, dtype="f16")
+        if norm:
+            consts = consts | {"subgroup": -1}
             yield Case(
-                name,
-                "attention",
+                name + " subgroups",
+                "rope_store",
                 consts,
                 tensors,
-                (4 + consts["sinks"],),
-                (tiles, n_kv, splits),
-                FMA,
-                needs,
-                subgroup,
+                outputs[:1],
+                grid,
+                2e-5,
+                ("subgroups",),
+                -1,
             )
+            continue
 
-    def parts(rng):
-        data = normal(rng, 3, 4, 5, 66)
-        data[..., 65] = np.abs(data[..., 65]) + 0.5
-        data[:, :, 4] = 0  # a split with nothing in it
-        data[:, :, 4, 64] = -1e30
-        return [step_words([(0, 3)], rng=rng), data, np.zeros((3, 256), np.float32)]
+        def wide(rng, tensors=tensors):
+            return tensors(rng, "f32")
 
-    def parts_and_sinks(rng):
-        step, data, out = parts(rng)
-        return [step, data, normal(rng, 4), out]
+        def bytes_(rng, tensors=tensors):
+            return tensors(rng, "q8_0")
 
-    consts = {"n_heads": 4, "head_dim": 64, "splits": 5, "sinks": False, "st": ST}
-    yield Case("attention_merge", "attention_merge", consts, parts, (2,), (4, 3), 1e-5)
-    consts = consts | {"sinks": True}
-    yield Case("attention_merge sinks", "attention_merge", consts, parts_and_sinks, (3,), (4, 3), 1e-5)
+        outputs = (4, 5)
+        yield Case(name + " f32", "rope_store", consts | {"kv": "f32"}, wide, outputs, grid, 2e-5)
+        if not rot:  # nothing that rounds differently before the values are made bytes
+            consts = consts | {"kv": "q8_0"}
+            yield Case(name + " q8_0", "rope_store", consts, bytes_, outputs, grid, EXACT, dtype="u32")
+
+
+def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]:
+    n_rows = sum(n for _, n in seqs)
+    fused, norm = "rot_dim" in more, more.get("norm", False)
+    consts = {
+        "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
+        "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", "fused": fused, "rows": "all",
+        "splits": splits, "share": 2 * SIZE, "nq": n_heads // n_kv, "wg": 64, "lanes": 8, "batch": 2,
+        "chunk": 64, "room": 1024, "subgroup": subgroup, "st": ST, **more,
+    }  # fmt: skip
+    consts |= {"sinks": "sinks" in more and splits == 1}
+    if fused:
+        consts |= {"norm": norm, "eps": 1e-5, "magnitude": 1.1}
+
+    def tensors(rng):
+        step = step_words(seqs, rng=rng, qt=4 if consts["rows"] == "single" else 1)
+        out = (n_rows, n_heads, splits, hd + 4) if splits > 1 else (n_rows, n_heads * hd)
+        extra = [normal(rng, n_heads)] * consts["sinks"]
+        if fused:
+            given = [normal(rng, n_rows, (n_heads + 2 * n_kv) * hd), turns_of(more["rot_dim"])]
+            given += [normal(rng, hd) for _ in range(2 * norm)]
+        else:
+            given = [normal(rng, n_rows, n_heads * hd) * 2]
+        return [step, *given, *pages(rng, consts["kv"], n_kv, hd), *extra, np.zeros(out, np.float32)]
+
+    name = named("attention", n_heads, n_kv, hd, {"splits": splits, **more}) + " subgroups" * bool(subgroup)
+    grid = (n_rows, n_heads // consts["nq"], splits)
+    needs = ("subgroups",) if subgroup else ()
+    first = 2 + fused + 2 * norm  # the keys
+    out = first + 2 + consts["sinks"]
+    yield Case(name, "attention", consts, tensors, (out,), grid, FMA, needs, subgroup)
+    if fused and consts["kv"] != "q8_0":
+        kv = consts["kv"]
+        tolerance = 6e-4 if kv == "f16" else FMA  # float16 rounds
+        outputs = (first, first + 1)
+        yield Case(
+            name + " cache", "attention", consts, tensors, outputs, grid, tolerance, needs, subgroup, kv
+        )
+    elif fused and not more["rot_dim"]:
+        outputs = (first, first + 1)
+        yield Case(
+            name + " cache", "attention", consts, tensors, outputs, grid, EXACT, needs, subgroup, "u32"
+        )
+
+
+def tile_cases(n_heads, n_kv, hd, qt, seqs, more, subgroup) -> Iterator[Case]:
+    n_rows = sum(n for _, n in seqs)
+    consts = {
+        "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
+        "window": 0, "softcap": 0.0, "ring": 0, "sinks": False, "kv": "f16", "skip": False,
+        "qt": qt, "nq": n_heads // n_kv, "tm": 8, "mr": 4, "nr": 4, "keys": 16, "subgroup": subgroup,
+        "st": ST,
+        **more,
+    }  # fmt: skip
+
+    def tensors(rng):
+        step = step_words(seqs, rng=rng, qt=qt)
+        extra = [normal(rng, n_heads)] * consts["sinks"]
+        q, out = normal(rng, n_rows, n_heads * hd) * 2, np.zeros((n_rows, n_heads * hd), np.float32)
+        return [step, q, *pages(rng, consts["kv"], n_kv, hd), *extra, out]
+
+    name = named("attention_tiles", n_heads, n_kv, hd, {"qt": qt, **more}) + " subgroups" * bool(subgroup)
+    grid = (sum(-(-n // qt) for _, n in seqs) + 1, n_heads // consts["nq"])
+    needs = ("subgroups",) if subgroup else ()
+    outputs = (4 + consts["sinks"],)
+    yield Case(name, "attention_tiles", consts, tensors, outputs, grid, FMA, needs, subgroup)
+
+
+def merge_cases() -> Iterator[Case]:
+    for splits, hd, seqs, more in (
+        (5, 64, [(200, 3)], {}),
+        (5, 64, [(130, 1), (0, 1), (70, 1)], {"sinks": True}),
+        (3, 80, [(0, 9), (250, 1), (8, 1)], {"rows": "single", "window": 100}),
+        (16, 256, [(255, 1)], {}),
+    ):
+        n_rows = sum(n for _, n in seqs)
+        consts = {
+            "n_heads": 4, "head_dim": hd, "block_size": SIZE, "window": 0, "rows": "all", "splits": splits,
+            "share": SIZE, "sinks": False, "wg": 128, "st": ST, **more,
+        }  # fmt: skip
+
+        def tensors(rng, consts=consts, splits=splits, hd=hd, seqs=seqs, n_rows=n_rows):
+            parts = normal(rng, n_rows, 4, splits, hd + 4)
+            parts[..., hd + 1] = np.abs(parts[..., hd + 1]) + 0.5
+            step = step_words(seqs, rng=rng, qt=4 if consts["rows"] == "single" else 1)
+            extra = [normal(rng, 4)] * consts["sinks"]
+            return [step, parts, *extra, np.zeros((n_rows, 4 * hd), np.float32)]
+
+        name = f"attention_merge {splits} splits, heads of {hd}" + "".join(f" {k}" for k in more)
+        outputs = (2 + consts["sinks"],)
+        yield Case(name, "attention_merge", consts, tensors, outputs, (4, n_rows), 1e-5)

@@ -48,6 +48,13 @@ class Architecture:
     big_layers: int = 0  # of the size whose attention scale follows the embedding, not the head (Gemma's 27B)
 
 
+def kv_head_bytes(kv_type: str, head_dim: int) -> int:
+    """One head's key or value of one token. q8_0 has a float16 scale for 32 values, in whole words."""
+    if kv_type == "q8_0":
+        return head_dim + 4 * -(-head_dim // 64)
+    return {"f16": 2, "f32": 4}[kv_type] * head_dim
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """What differs between the layers of one model."""
@@ -113,8 +120,8 @@ class ModelConfig:
 
     def kv_bytes_by_layer(self, kv_type: str) -> list[int]:
         """Keys and values of one token in each layer that has attention."""
-        item = {"f32": 128, "f16": 64, "q8_0": 34}[kv_type]  # bytes of 32 values
-        return [2 * n * self.head_dim * item // 32 for n in (layer.n_kv_heads for layer in self.layers) if n]
+        nbytes = kv_head_bytes(kv_type, self.head_dim)
+        return [2 * layer.n_kv_heads * nbytes for layer in self.layers if layer.n_kv_heads]
 
     @property
     def is_recurrent(self) -> bool:

@@ -16,7 +16,7 @@ from realm_web.gguf import GGUFFile, TensorInfo, show
 from realm_web.models.config import LayerKind, ModelConfig
 from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
-from realm_web.ops import Activations, Pages, Recorder, Rope, State
+from realm_web.ops import Activations, HeadNorm, Pages, Recorder, Rope, State
 from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device, View
 from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
@@ -162,16 +162,16 @@ class Transformer:
     ) -> Tensor:  # fmt: skip
         c, n_heads = self.config, kind.n_heads
         qkv = r.scratch("qkv", r.n_rows, attention.qkv.n)
-        q = r.scratch("q", r.n_rows, n_heads * c.head_dim)
         attended = r.scratch("attended", r.n_rows, n_heads * c.head_dim)
         attention.qkv.record(r, x, qkv)
-        if attention.qk_norm:
-            slices = (n_heads, kind.n_kv_heads) if c.arch.qk_norm == "head" else (1, 1)
-            ops.qk_norm(r, qkv, *attention.qk_norm, *slices, c.norm_eps)
-        ops.rope_store(r, qkv, rope, q, pages, n_heads=n_heads)
-        ops.attention(
-            r, q, pages, attended, n_heads=n_heads, scale=c.attention_scale, window=kind.window,
-            softcap=c.attention_softcap, sinks=attention.sinks,
+        norm = None
+        if attention.qk_norm and c.arch.qk_norm == "head":
+            norm = HeadNorm(*attention.qk_norm, c.norm_eps)
+        elif attention.qk_norm:
+            ops.qk_norm(r, qkv, *attention.qk_norm, 1, 1, c.norm_eps)
+        ops.attend(
+            r, qkv, rope, pages, attended, n_heads=n_heads, scale=c.attention_scale, norm=norm,
+            window=kind.window, softcap=c.attention_softcap, sinks=attention.sinks,
         )  # fmt: skip
         return attended
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor
+
+CONTEXTS = (256, 2048, 16384)  # a program is made for contexts of so many tokens at most, or of all
+UNSPLIT = 256  # tokens of context that one workgroup takes rather than have parts merged
+MAX_SPLITS = 64
+BUSY = 32  # workgroups from which on splits take more than the least
+LEAST_SHARE, MOST_SHARE = 64, 1024  # tokens of a split
+ROOM = 4096  # values of workgroup memory that the last sums of a row may take
 
 
 @dataclass(frozen=True)
@@ -20,8 +28,17 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """RMS norm of each head of q and k before they rotate."""
+
+    q_weight: Tensor  # (head_dim,)
+    k_weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
 class Pages:
-    """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) each, f16 or f32.
+    """Keys and values of one layer: (n_blocks, n_kv, block_size, head_dim) each, f16, f32 or q8_0.
 
     With a ring, each slot has `ring` blocks of its own and writes them round and round; the block tables do
     not count.
@@ -32,58 +49,145 @@ class Pages:
     ring: int
 
 
+def contexts(device: Device, longest: int) -> list[int]:
+    """The contexts that programs are made for: few, as each is compiled. Software devices never split."""
+    if device.info.is_cpu:
+        return [longest]
+    return [n for n in CONTEXTS if n < longest] + [longest]
+
+
 def query_tile(device: Device, group: int, head_dim: int) -> int:
-    """Query rows of `group` heads that an attention workgroup keeps: what fits 16 queries and its memory."""
-    per_query = 4 * (2 * head_dim + 64 + 8)
-    return max(1, min(16, device.limits.max_shared // per_query) // group)
+    """Rows of a tile in `attention_tiles`, where `group` query heads share a kv head."""
+    queries = _tile_shape(device, head_dim)["tm"] * _tile_shape(device, head_dim)["mr"]
+    return queries // _divisor(group, queries)
 
 
-def rope_store(r: Recorder, qkv: Tensor, rope: Rope, q: Tensor, pages: Pages, *, n_heads: int) -> None:
-    """Rotate q and k; q goes to its own tensor, k and v into the pages."""
-    n_kv, block_size, head_dim = pages.k.shape[1:]
-    kernel = r.device.kernel(
-        "rope_store", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, rot_dim=rope.dim, neox=rope.neox,
-        magnitude=rope.magnitude, block_size=block_size, kv=pages.k.dtype, ring=pages.ring,
-        st=r.layout,
-    )  # fmt: skip
-    threads = (n_heads + 2 * n_kv) * head_dim // 2
-    r.add(kernel, (r.step, qkv, rope.turns, q, pages.k, pages.v), (-(-threads // 64), r.n_rows))
-
-
-def attention(
+def attend(
     r: Recorder,
-    q: Tensor,
+    qkv: Tensor,
+    rope: Rope,
     pages: Pages,
     out: Tensor,
     *,
     n_heads: int,
     scale: float,
+    norm: HeadNorm | None = None,
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> None:
-    """Causal attention of every row over what its sequence has in the pages, or its last `window`."""
+    """Rotate q and k, put k and v into the pages, and attend to what each row's sequence has there.
+
+    Causal, to all positions or the last `window`. qkv (n_rows, (n_heads + 2 n_kv) * head_dim),
+    out (n_rows, n_heads * head_dim). One call where no sequence has two rows and contexts are short.
+    """
     n_kv, block_size, head_dim = pages.k.shape[1:]
-    parts, extra = out, () if sinks is None else (sinks,)
-    if r.splits > 1:
-        parts = r.scratch("attention parts", r.n_rows, n_heads, r.splits, head_dim + 2)
+    shape: dict[str, Any] = {
+        "n_heads": n_heads, "n_kv": n_kv, "head_dim": head_dim, "block_size": block_size,
+        "kv": pages.k.dtype, "ring": pages.ring, "st": r.layout,
+    }  # fmt: skip
+    shown = {"scale": scale, "window": window, "softcap": softcap}
+    rotation = {
+        "rot_dim": rope.dim, "neox": rope.neox, "magnitude": rope.magnitude,
+        "norm": norm is not None, "eps": norm.eps if norm else 0.0,
+    }  # fmt: skip
+    given = (r.step, qkv, rope.turns, *((norm.q_weight, norm.k_weight) if norm else ()))
+    if r.alone and len(given) + 3 + (sinks is not None) <= r.device.limits.max_bindings:
+        _rows(r, given, pages, out, sinks, {**shape, **shown, **rotation, "fused": True, "rows": "all"})
+        return
+    q = r.scratch("q", r.n_rows, n_heads * head_dim)
+    kernel = r.device.kernel("rope_store", **shape, **rotation, subgroup=r.device.subgroup_size)
+    r.add(kernel, (*given, q, pages.k, pages.v), (n_heads + 2 * n_kv, r.n_rows))
+    consts = {**shape, **shown, "fused": False}
+    if r.qt == 1:
+        _rows(r, (r.step, q), pages, out, sinks, {**consts, "rows": "all"})
+        return
+    # rows of sequences that decode among prompts: a tile of one row would be slow where its context is long
+    apart = r.n_seqs > 1 and not r.device.info.is_cpu
+    tile = _tile_shape(r.device, head_dim)
+    nq = _divisor(n_heads // n_kv, tile["tm"] * tile["mr"] // r.qt)
     kernel = r.device.kernel(
-        "attention", n_heads=n_heads, n_kv=n_kv, head_dim=head_dim, block_size=block_size, scale=scale,
-        softcap=softcap, window=window, kv=pages.k.dtype, ring=pages.ring,
-        sinks=bool(extra) and r.splits == 1, qt=r.qt,
-        splits=r.splits, wg=64, subgroup=r.device.subgroup_size, st=r.layout,
+        "attention_tiles", **shape, **shown, **tile, sinks=sinks is not None, skip=apart, qt=r.qt, nq=nq,
+        subgroup=r.device.subgroup_size,
     )  # fmt: skip
-    tiles = max_tiles(r.n_rows, r.n_seqs, r.qt)
-    views = (r.step, q, pages.k, pages.v, *(extra if r.splits == 1 else ()), parts)
-    r.add(kernel, views, (tiles, n_kv, r.splits))
-    if r.splits > 1:
-        merge = r.device.kernel(
-            "attention_merge", n_heads=n_heads, head_dim=head_dim, splits=r.splits, sinks=bool(extra),
-            st=r.layout,
+    extra = () if sinks is None else (sinks,)
+    grid = (_max_tiles(r), n_heads // nq)
+    r.add(kernel, (r.step, q, pages.k, pages.v, *extra, out), grid)
+    if apart:
+        _rows(r, (r.step, q), pages, out, sinks, {**consts, "rows": "single"})
+
+
+def _rows(
+    r: Recorder, given: tuple, pages: Pages, out: Tensor, sinks: Tensor | None, consts: dict[str, Any]
+) -> None:
+    """Attention by rows, their contexts split where they may be long."""
+    n_heads, head_dim, single = consts["n_heads"], consts["head_dim"], consts["rows"] == "single"
+    shape = _row_shape(r.device, n_heads // consts["n_kv"], head_dim)
+    n, grid_rows = (r.n_seqs, _max_tiles(r)) if single else (r.n_rows, r.n_rows)
+    splits, share = _splits(r, n * n_heads // shape["nq"], consts["window"], consts["block_size"])
+    extra = () if sinks is None else (sinks,)
+    parts = out if splits == 1 else r.scratch("attention parts", n, n_heads, splits, head_dim + 4)
+    kernel = r.device.kernel(
+        "attention", **consts, **shape, splits=splits, share=share, sinks=bool(extra) and splits == 1,
+    )  # fmt: skip
+    views = (*given, pages.k, pages.v, *(extra if splits == 1 else ()), parts)
+    r.add(kernel, views, (grid_rows, n_heads // shape["nq"], splits))
+    if splits > 1:
+        names = ("n_heads", "head_dim", "block_size", "window", "rows", "st")
+        kernel = r.device.kernel(
+            "attention_merge", **{name: consts[name] for name in names}, splits=splits, share=share,
+            sinks=bool(extra), wg=128,
         )  # fmt: skip
-        r.add(merge, (r.step, parts, *extra, out), (n_heads, r.n_rows))
+        r.add(kernel, (r.step, parts, *extra, out), (n_heads, grid_rows))
 
 
-def max_tiles(n_rows: int, n_seqs: int, qt: int) -> int:
-    """The most attention tiles that n_rows rows of n_seqs sequences can be cut into."""
-    return n_rows if qt == 1 else min(n_rows, -(-n_rows // qt) + n_seqs - 1)
+def _splits(r: Recorder, workgroups: int, window: int, block_size: int) -> tuple[int, int]:
+    """Into how many parts contexts are cut at most, and how many tokens a part has at least.
+
+    `workgroups` is how many there are without splits: the fewer, the smaller the parts.
+    """
+    span = min(r.context, window + block_size) if window else r.context
+    if span <= UNSPLIT or r.device.info.is_cpu:
+        return 1, LEAST_SHARE
+    share = LEAST_SHARE
+    while share < MOST_SHARE and share * BUSY < LEAST_SHARE * workgroups:
+        share *= 2
+    return min(MAX_SPLITS, -(-span // share)), share
+
+
+def _row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
+    """The variant of `attention`: query heads, threads and keys at a time, by registers and memory."""
+    subgroup = device.subgroup_size
+    lanes = min(1 << (head_dim // 8).bit_length() - 1, 32)
+    if subgroup < lanes:  # without subgroups sums go through workgroup memory
+        lanes = min(lanes, subgroup if subgroup >= 4 else 8)
+    nq = _divisor(group, min(8, max(1, 64 * lanes // head_dim)))
+    shape = {"nq": nq, "wg": 128, "lanes": lanes, "batch": 4, "chunk": 128, "subgroup": subgroup}
+    if device.info.is_cpu:
+        shape |= {"wg": 64, "batch": 2, "chunk": 64}
+    places = shape["wg"] // lanes
+    shape["chunk"] = max(shape["chunk"], shape["batch"] * places)
+    used = nq * (head_dim + shape["chunk"] + 33) + 2 * head_dim + 64
+    room = min(ROOM, device.limits.max_shared // 4 - used)
+    if subgroup < lanes:
+        while shape["batch"] > 1 and shape["batch"] * nq * lanes * (places + 1) > room:
+            shape["batch"] //= 2
+    return shape | {"room": room}
+
+
+def _tile_shape(device: Device, head_dim: int) -> dict[str, int]:
+    """The variant of `attention_tiles`: tm * mr queries, 8 * nr keys, values of `keys` keys at a time."""
+    mr = 4 if head_dim <= 128 else 2 if head_dim <= 256 else 1
+    small = device.limits.max_shared < 32768 or device.info.is_cpu
+    keys = 16 if head_dim <= 128 else 8 if head_dim <= 256 else 4
+    return {"tm": 8 if small else 16, "mr": mr, "nr": 4, "keys": max(4, keys // 2) if small else keys}
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not above `most`."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def _max_tiles(r: Recorder) -> int:
+    """The most tiles that the rows can be cut into."""
+    return min(r.n_rows, -(-r.n_rows // r.qt) + r.n_seqs - 1)

@@ -22,9 +22,10 @@ class Recorder:
     n_rows: int
     n_seqs: int
     qt: int  # query rows per attention tile
-    splits: int  # of the context, in attention
+    context: int  # tokens of a sequence, at most
     arena: dict[str, Tensor]  # scratch by name, shared by all programs of an engine
     exact: bool | None = None  # activations of products stay float32; None: on software devices only
+    alone: bool = False  # no sequence has two rows
 
     @property
     def ints(self) -> bool:

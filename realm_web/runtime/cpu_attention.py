@@ -2,60 +2,150 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from realm_web.runtime.cpu_kernels import Twin, Views, softcapped
 
+GROUP = 32  # values that share a scale in q8_0
+
+
+class Pages:
+    """Keys or values of a layer, as float32: (n_blocks, n_kv, block_size, head_dim)."""
+
+    def __init__(self, c: dict, data: np.ndarray):
+        size, hd = c["block_size"], c["head_dim"]
+        self._scales, dtype, nbytes = None, np.float32, 4 * size * hd
+        if c["kv"] == "f16":
+            dtype, nbytes = np.float16, 2 * size * hd
+        elif c["kv"] == "q8_0":
+            dtype, nbytes = np.int8, size * hd + 4 * size * -(-hd // (2 * GROUP))
+        count = len(data) // (nbytes * c["n_kv"])
+        pages = data[: count * nbytes * c["n_kv"]].reshape(count, c["n_kv"], nbytes)
+        used = size * hd * np.dtype(dtype).itemsize
+        self._values = pages[..., :used].view(dtype).reshape(count, c["n_kv"], size, hd)
+        if c["kv"] == "q8_0":
+            self._scales = pages[..., used:].view(np.float16).reshape(count, c["n_kv"], size, -1)
+
+    def read(self, blocks: np.ndarray) -> np.ndarray:
+        values = self._values[blocks].astype(np.float32)
+        if self._scales is None:
+            return values
+        scales = np.repeat(self._scales[blocks].astype(np.float32), GROUP, axis=-1)
+        return values * scales[..., : values.shape[-1]]
+
+    def write(self, blocks: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
+        """The values (n, n_kv, head_dim) of tokens at `places` of `blocks`."""
+        if self._scales is None:
+            self._values[blocks, :, places] = values
+            return
+        n_scales, hd = self._scales.shape[-1], values.shape[-1]
+        padded = np.pad(values, ((0, 0), (0, 0), (0, n_scales * GROUP - hd)))
+        top = np.abs(padded).reshape(*padded.shape[:2], n_scales, GROUP).max(axis=-1)
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
+        self._values[blocks, :, places] = np.rint(values * np.repeat(inverse, GROUP, axis=-1)[..., :hd])
+        self._scales[blocks, :, places] = top / np.float32(127)
+
 
 def rope_store(c: dict, views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    n_heads, n_kv, hd, rot = c["n_heads"], c["n_kv"], c["head_dim"], c["rot_dim"]
-    step, qkv = v.u32(), v.f32(-1, n_heads + 2 * n_kv, hd)
-    turns, q = v.u32()[: rot // 2], v.f32(-1, n_heads, hd)
-    k, values = (v.kv(c["kv"], -1, n_kv, c["block_size"], hd) for _ in range(2))
-    n = int(step[st.N_ROWS])
+    v, n_heads = Views(views), c["n_heads"]
+    step, qkv, rotation = v.u32(), v.f32(-1, n_heads + 2 * c["n_kv"], c["head_dim"]), _rotation(c, v)
+    q = v.f32(-1, n_heads, c["head_dim"])
+    rotated = _rotate_and_store(c, step, qkv, rotation, Pages(c, v.bytes()), Pages(c, v.bytes()))
+    q[: len(rotated)] = rotated
+
+
+def _rotation(c: dict, v: Views) -> tuple[np.ndarray, ...]:
+    """Turns per position, and with `norm` the weights of q and k."""
+    turns = v.u32()[: c["rot_dim"] // 2]
+    return (turns, v.f32(c["head_dim"]), v.f32(c["head_dim"])) if c["norm"] else (turns,)
+
+
+def _rotate_and_store(
+    c: dict, step: np.ndarray, qkv: np.ndarray, rotation: tuple[np.ndarray, ...], k: Pages, values: Pages
+) -> np.ndarray:
+    """Put the keys and values of all rows into the pages; returns the queries (n, n_heads, head_dim)."""
+    st, n_heads, n_kv, rot = c["st"], c["n_heads"], c["n_kv"], c["rot_dim"]
+    n, (turns, *weights) = int(step[c["st"].N_ROWS]), rotation
     positions = step[st.positions : st.positions + n]
+    heads = qkv[:n, : n_heads + n_kv].copy()
+    if weights:
+        mean = np.mean(heads * heads, axis=-1, keepdims=True, dtype=np.float32)
+        heads *= 1 / np.sqrt(mean + np.float32(c["eps"]))
+        heads[:, :n_heads] *= weights[0]
+        heads[:, n_heads:] *= weights[1]
     phase = (positions[:, None] * turns[None, :]).view(np.int32)  # wraps at whole turns
     angle = phase.astype(np.float32) * np.float32(1.4629180792671596e-9)  # (n, rot / 2)
     cos, sin = (f(angle)[:, None, :] * np.float32(c["magnitude"]) for f in (np.cos, np.sin))
-    heads = qkv[:n, : n_heads + n_kv].copy()
-    if rot == 0:
-        pass
-    elif c["neox"]:
-        a, b = heads[..., : rot // 2].copy(), heads[..., rot // 2 : rot].copy()
-        heads[..., : rot // 2], heads[..., rot // 2 : rot] = a * cos - b * sin, b * cos + a * sin
-    else:
-        a, b = heads[..., 0:rot:2].copy(), heads[..., 1:rot:2].copy()
-        heads[..., 0:rot:2], heads[..., 1:rot:2] = a * cos - b * sin, b * cos + a * sin
-    q[:n] = heads[:, :n_heads]
+    first, second = slice(0, rot, 2), slice(1, rot, 2)
+    if c["neox"]:
+        first, second = slice(0, rot // 2), slice(rot // 2, rot)
+    if rot:
+        a, b = heads[..., first].copy(), heads[..., second].copy()
+        heads[..., first], heads[..., second] = a * cos - b * sin, b * cos + a * sin
     seqs = step[st.row_seqs : st.row_seqs + n]
-    blocks = _blocks_of(c, step, seqs, positions // c["block_size"])
-    places = positions % c["block_size"]
-    k[blocks, :, places] = heads[:, n_heads:]
-    values[blocks, :, places] = qkv[:n, n_heads + n_kv :]
+    blocks, places = _blocks_of(c, step, seqs, positions // c["block_size"]), positions % c["block_size"]
+    k.write(blocks, places, heads[:, n_heads:])
+    values.write(blocks, places, qkv[:n, n_heads + n_kv :])
+    return heads[:, :n_heads]
 
 
 def attention(c: dict, views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    n_heads, n_kv, hd, size = c["n_heads"], c["n_kv"], c["head_dim"], c["block_size"]
-    splits, group = c["splits"], n_heads // n_kv
-    step, q = v.u32(), v.f32(-1, n_heads, hd)
-    k, values = (v.kv(c["kv"], -1, n_kv, size, hd) for _ in range(2))
-    sinks = v.f32(n_heads).reshape(n_kv, group) if c["sinks"] else None
-    out = v.f32(-1, n_heads, hd) if splits == 1 else v.f32(-1, n_heads, splits, hd + 2)
-    n = int(step[st.N_ROWS])
-    row_seqs = step[st.row_seqs : st.row_seqs + n]
-    positions = step[st.positions : st.positions + n].astype(np.int64)
-    for seq in np.unique(row_seqs):
-        rows = np.flatnonzero(row_seqs == seq)
+    v, n_heads, hd = Views(views), c["n_heads"], c["head_dim"]
+    step = v.u32()
+    if c["fused"]:
+        qkv, rotation = v.f32(-1, n_heads + 2 * c["n_kv"], hd), _rotation(c, v)
+    else:
+        q = v.f32(-1, n_heads, hd)
+    k, values = Pages(c, v.bytes()), Pages(c, v.bytes())
+    if c["fused"]:
+        q = _rotate_and_store(c, step, qkv, rotation, k, values)
+    sinks = v.f32(n_heads) if c["sinks"] else None
+    out = v.f32(-1, n_heads, hd) if c["splits"] == 1 else v.f32(-1, n_heads, c["splits"], hd + 4)
+    wanted = np.ones(int(step[c["st"].N_ROWS]), bool) if c["rows"] == "all" else _single_rows(c, step)
+    for rows, scores, vals in _scores(c, step, q, k, values, wanted):
+        if c["splits"] == 1:
+            out[rows] = _attended(scores, vals, sinks)
+        else:
+            _write_parts(c, step, rows, scores, vals, out)
+
+
+def attention_tiles(c: dict, views: list[np.ndarray]) -> None:
+    v, n_heads, hd = Views(views), c["n_heads"], c["head_dim"]
+    step, q, k, values = v.u32(), v.f32(-1, n_heads, hd), Pages(c, v.bytes()), Pages(c, v.bytes())
+    sinks, out = v.f32(n_heads) if c["sinks"] else None, v.f32(-1, n_heads, hd)
+    single = _single_rows(c, step)
+    wanted = ~single if c["skip"] else np.ones_like(single)
+    for rows, scores, vals in _scores(c, step, q, k, values, wanted):
+        out[rows] = _attended(scores, vals, sinks)
+
+
+def _single_rows(c: dict, step: np.ndarray) -> np.ndarray:
+    """Which rows of the step are tiles of their own."""
+    st = c["st"]
+    tiles = step[st.tiles : st.tiles + int(step[st.N_TILES])]
+    single = np.zeros(int(step[st.N_ROWS]), bool)
+    single[tiles[tiles >> 16 == 1] & 0xFFFF] = True
+    return single
+
+
+def _scores(
+    c: dict, step: np.ndarray, q: np.ndarray, k: Pages, values: Pages, wanted: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each sequence its wanted rows, their scores (n_kv, rows, group, length) and values."""
+    st, n_kv, hd, size = c["st"], c["n_kv"], c["head_dim"], c["block_size"]
+    group = c["n_heads"] // n_kv
+    row_seqs = step[st.row_seqs : st.row_seqs + len(wanted)]
+    positions = step[st.positions : st.positions + len(wanted)].astype(np.int64)
+    for seq in np.unique(row_seqs[wanted]):
+        rows = np.flatnonzero((row_seqs == seq) & wanted)
         length = int(positions[rows].max()) + 1
         table = _blocks_of(c, step, seq, np.arange(-(-length // size)))
         # (n_kv, length, head_dim)
         keys, vals = (
-            pages[table].transpose(1, 0, 2, 3).reshape(n_kv, -1, hd)[:, :length].astype(np.float32)
-            for pages in (k, values)
+            pages.read(table).transpose(1, 0, 2, 3).reshape(n_kv, -1, hd)[:, :length] for pages in (k, values)
         )
         queries = q[rows].reshape(len(rows), n_kv, group, hd).transpose(1, 0, 2, 3)  # (n_kv, rows, group, hd)
         scores = np.einsum("krgd,kpd->krgp", queries, keys, optimize=True) * np.float32(c["scale"])
@@ -64,46 +154,67 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
         visible = np.arange(length)[None, :] <= positions[rows][:, None]
         if c["window"]:
             visible &= np.arange(length)[None, :] > positions[rows][:, None] - c["window"]
-        scores = np.where(visible[None, :, None, :], scores, -np.inf)
-        if splits == 1:
-            top = scores.max(axis=-1, keepdims=True)
-            if sinks is not None:
-                top = np.maximum(top, sinks[:, None, :, None])
-            probs = np.exp(scores - top)
-            total = probs.sum(axis=-1, keepdims=True)
-            probs /= total if sinks is None else total + np.exp(sinks[:, None, :, None] - top)
-            result = np.einsum("krgp,kpd->krgd", probs, vals, optimize=True)
-            out[rows] = result.transpose(1, 0, 2, 3).reshape(len(rows), n_heads, hd)
-            continue
-        for i, row in enumerate(rows):
-            end, wg = int(positions[row]) + 1, c["wg"]
-            start = max(end - c["window"], 0) // size * size if c["window"] else 0
-            share = -(-(end - start) // (splits * wg)) * wg
-            for s in range(splits):
-                here = slice(start + s * share, min(start + (s + 1) * share, end))
-                part = scores[:, i, :, here]  # (n_kv, group, here)
-                top = part.max(axis=-1, initial=-1e30)
-                probs = np.exp(part - top[..., None])
-                sums = np.einsum("kgp,kpd->kgd", probs, vals[:, here])
-                out[row, :, s, :hd] = sums.reshape(n_heads, hd)
-                out[row, :, s, hd] = top.reshape(-1)
-                out[row, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
+        yield rows, np.where(visible[None, :, None, :], scores, -np.inf), vals
+
+
+def _attended(scores: np.ndarray, vals: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
+    """The softmax of the scores times the values: (rows, n_heads, head_dim)."""
+    n_kv, n_rows, group, _ = scores.shape
+    top = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.reshape(n_kv, 1, group, 1)
+        top = np.maximum(top, sinks)
+    probs = np.exp(scores - top)
+    total = probs.sum(axis=-1, keepdims=True)
+    probs /= total if sinks is None else total + np.exp(sinks - top)
+    result = np.einsum("krgp,kpd->krgd", probs, vals, optimize=True)
+    return result.transpose(1, 0, 2, 3).reshape(n_rows, n_kv * group, -1)
+
+
+def _write_parts(
+    c: dict, step: np.ndarray, rows: np.ndarray, scores: np.ndarray, vals: np.ndarray, out: np.ndarray
+) -> None:
+    hd, n_heads = c["head_dim"], c["n_heads"]
+    st = c["st"]
+    for i, row in enumerate(rows):
+        end = int(step[st.positions + row]) + 1
+        place = row if c["rows"] == "all" else step[st.row_seqs + row]
+        start, share, used = _split(c, end)
+        for s in range(used):
+            here = slice(start + s * share, min(start + (s + 1) * share, end))
+            part = scores[:, i, :, here]  # (n_kv, group, here)
+            top = part.max(axis=-1, initial=-1e30)
+            probs = np.exp(part - top[..., None])
+            sums = np.einsum("kgp,kpd->kgd", probs, vals[:, here])
+            out[place, :, s, :hd] = sums.reshape(n_heads, hd)
+            out[place, :, s, hd] = top.reshape(-1)
+            out[place, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
+
+
+def _split(c: dict, end: int) -> tuple[int, int, int]:
+    """Where the context that ends before `end` begins, what each split of it takes, and how many do."""
+    size, splits = c["block_size"], c["splits"]
+    start = max(end - c["window"], 0) // size * size if c["window"] else 0
+    share = max(c["share"], -(-(end - start) // (splits * size)) * size)
+    return start, share, -(-(end - start) // share)
 
 
 def attention_merge(c: dict, views: list[np.ndarray]) -> None:
-    v, st, hd = Views(views), c["st"], c["head_dim"]
-    step, parts = v.u32(), v.f32(-1, c["n_heads"], c["splits"], hd + 2)
-    sinks = v.f32(c["n_heads"]) if c["sinks"] else None
-    out = v.f32(-1, c["n_heads"], hd)
-    n = int(step[st.N_ROWS])
-    top = parts[:n, :, :, hd].max(axis=2, keepdims=True)
-    if c["sinks"]:
-        top = np.maximum(top, sinks[None, :, None])
-    weight = np.exp(parts[:n, :, :, hd] - top)
-    sums = (weight * parts[:n, :, :, hd + 1]).sum(axis=2)
-    if c["sinks"]:
-        sums = sums + np.exp(sinks[None, :] - top[..., 0])
-    out[:n] = np.einsum("rhs,rhsd->rhd", weight, parts[:n, :, :, :hd]) / sums[..., None]
+    v, n_heads, hd = Views(views), c["n_heads"], c["head_dim"]
+    step, parts = v.u32(), v.f32(-1, n_heads, c["splits"], hd + 4)
+    sinks = v.f32(n_heads) if c["sinks"] else None
+    out = v.f32(-1, n_heads, hd)
+    wanted = np.ones(int(step[c["st"].N_ROWS]), bool) if c["rows"] == "all" else _single_rows(c, step)
+    for row in np.flatnonzero(wanted):
+        _, _, used = _split(c, int(step[c["st"].positions + row]) + 1)
+        place = row if c["rows"] == "all" else step[c["st"].row_seqs + row]
+        sums, tops, totals = (parts[place, :, :used, part] for part in (slice(hd), hd, hd + 1))
+        top = tops.max(axis=1) if sinks is None else np.maximum(tops.max(axis=1), sinks)  # (n_heads,)
+        weight = np.exp(tops - top[:, None])
+        total = (weight * totals).sum(axis=1)
+        if sinks is not None:
+            total = total + np.exp(sinks - top)
+        out[row] = np.einsum("hs,hsd->hd", weight, sums) / total[:, None]
 
 
 def _blocks_of(c: dict, step: np.ndarray, seqs: Any, index: np.ndarray) -> np.ndarray:
@@ -117,5 +228,6 @@ def _blocks_of(c: dict, step: np.ndarray, seqs: Any, index: np.ndarray) -> np.nd
 TWINS: dict[str, Twin] = {
     "rope_store": rope_store,
     "attention": attention,
+    "attention_tiles": attention_tiles,
     "attention_merge": attention_merge,
 }

@@ -68,10 +68,6 @@ class Views:
     def u32(self, *shape: int) -> np.ndarray:
         return self._typed(np.uint32, shape)
 
-    def kv(self, kind: str, *shape: int) -> np.ndarray:
-        """Pages of the KV cache: "f16" or "f32"."""
-        return self._typed({"f16": np.float16, "f32": np.float32}[kind], shape)
-
     def bytes(self) -> np.ndarray:
         return next(self._next)
 

@@ -1,258 +1,450 @@
-// Causal attention over the paged KV cache with online softmax (Dao et al., FlashAttention), one workgroup per
-// (tile of `qt` query rows, kv head, split of the context); all query heads of the group share the loads of K and V.
-// step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv, block_size, head_dim) f16 or f32;
-// out (n_rows, n_heads * head_dim) f32, or with splits > 1 the unmerged parts
-//     (n_rows, n_heads, splits, head_dim + 2) f32: sums, then maximum and denominator (Flash-Decoding)
+// Causal attention of single rows over the paged KV cache with online softmax (Dao et al., FlashAttention; Flash-Decoding
+// where the context is split), one workgroup per (row, `nq` query heads of one kv head, split of the context).
+// `lanes` threads share a key; a chunk of keys passes three phases: scores, softmax, sums of values.
+// step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv) pages as in `lib/pages.wgsl`
 // [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
-// With `ring` the pages are those of rope_store's ring. `window`: a row sees so many positions up to its own (0: all).
-// `softcap`: scores become tanh(s / softcap) * softcap.
-// `kv`: the cache holds f16 (two to a u32) or f32.
-// constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, qt, splits, wg, subgroup, st
-// grid: (tiles, n_kv, splits)
+// out (n_rows, n_heads * head_dim) f32, or with splits > 1 the parts for `attention_merge`
+//     (n_rows, n_heads, splits, head_dim + 4) f32: sums, maximum, denominator, two unused; empty splits are not written;
+//     of single rows by sequence, (n_seqs, ...), as a sequence has one at most
+// `fused`, where no sequence has two rows: instead of q come qkv, turns, [q_weight, k_weight] as in `rope_store`, whose
+//     work is done here, and k and v are written.
+// `rows`: "all" rows of the step, or the "single" ones, which are tiles of one row (`attention_tiles` has the others).
+// `window`: a row sees so many positions up to its own (0: all).  `softcap`: scores become tanh(s / softcap) * softcap.
+// `share`: the least that a split takes, a multiple of block_size.  `chunk`: keys per softmax, a multiple of
+// batch * wg / lanes.  `room`: values of workgroup memory for the last sums.
+// constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, fused, [norm, eps, rot_dim, neox,
+// magnitude,] rows, splits, share, nq, wg, lanes, batch, chunk, room, subgroup, st
+// grid: (rows or tiles, n_heads / nq, splits)
+# import "lib/pages.wgsl" as pages
+# import "lib/rope.wgsl" as rope
 # set group = n_heads // n_kv
-# set nq = qt * group
-# set vp = head_dim // 2
-# set vpt = [vp, wg] | min
-# set pg = wg // vpt
-# set pp = (vp + wg - 1) // wg
-# set reds = (wg // subgroup) if subgroup else ([8, wg // nq] | min)
-{{ "enable subgroups;" if subgroup }}
+# set units = head_dim // 8
+# set upl = (units + lanes - 1) // lanes
+# set tail = units % lanes
+# set places = wg // lanes
+# set shuffle = subgroup >= lanes
+# set m = batch * nq
+# set wide = wg // nq
+# set team = 32 if wide >= 32 else (16 if wide >= 16 else (8 if wide >= 8 else 4))
+# set per = 8 if 8 * (nq + 1) <= wg else 4
+# set parts = wg // subgroup if shuffle else places
+# set kept = [parts, room // (nq * head_dim)] | min
+# set partials = 0 if shuffle else m * lanes * (places + 1)
+{{ "enable subgroups;" if shuffle }}
 {{ bind("step", "u32") }}
-{{ bind("q", "vec4<f32>") }}
-{{ bind("k", "vec4<u32>") }}
-{{ bind("v", "u32") }}
+# if fused
+{{ bind("qkv", "f32") }}
+{{ bind("turns", "u32") }}
+# if norm
+{{ bind("q_weight", "f32") }}
+{{ bind("k_weight", "f32") }}
+# endif
+# else
+{{ bind("q", "f32") }}
+# endif
+{{ bind("k", pages.element(kv), "read_write" if fused else "read") }}
+{{ bind("v", pages.element(kv), "read_write" if fused else "read") }}
 # if sinks
 {{ bind("sinks", "f32") }}
 # endif
-{{ bind("out", "vec2<f32>", "read_write") }}
+{{ bind("out", "f32", "read_write") }}
 
 const NEVER = -1e30;
 
-// The i-th pair of values.
-fn value_at(i: u32) -> vec2<f32> {
-  # if kv == "f16"
-  return unpack2x16float(v[i]);
-  # else
-  return bitcast<vec2<f32>>(vec2<u32>(v[2u * i], v[2u * i + 1u]));
-  # endif
-}
+var<workgroup> qs: array<f32, {{ nq * head_dim }}>;
+var<workgroup> scores: array<f32, {{ nq * chunk }}>;
+var<workgroup> red: array<f32, {{ [nq * team, (nq + 1) * per] | max }}>;
+var<workgroup> keeps: array<f32, {{ nq }}>;
+var<workgroup> sums: array<f32, {{ [kept * nq * head_dim, partials] | max }}>;
 
-fn block_of(p: u32, table: u32) -> u32 {
-  # if ring
-  return table + p / {{ block_size }}u % {{ ring }}u;
-  # else
-  return step[table + p / {{ block_size }}u];
-  # endif
-}
+{{ pages.types(kv) }}
+{{ pages.reads("k", kv, head_dim, block_size) }}
+{{ pages.reads("v", kv, head_dim, block_size) }}
+{{ pages.page_of(kv, n_kv, head_dim, block_size, ring) }}
+# if fused
+var<workgroup> fresh: array<f32, {{ 2 * head_dim }}>;  // the row's own key and value
 
-var<workgroup> qs: array<vec4<f32>, {{ nq * head_dim // 4 }}>;
-var<workgroup> probs: array<f32, {{ nq * wg }}>;
-var<workgroup> tops: array<f32, {{ nq * reds }}>;
-# if pg > 1
-var<workgroup> others: array<vec2<f32>, {{ nq * vp }}>;
-var<workgroup> other_sums: array<f32, {{ nq }}>;
+{{ pages.makes(kv, head_dim) }}
+{{ pages.writes("k", kv, head_dim, block_size) }}
+{{ pages.writes("v", kv, head_dim, block_size) }}
+{{ rope.functions(head_dim, rot_dim, neox, magnitude) }}
 # endif
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  # if qt == 1
-  let row0 = wid.x;
-  let count = 1u;
-  if (row0 >= step[{{ st.N_ROWS }}]) {
-    return;
-  }
-  # else
+  # if rows == "single"
   if (wid.x >= step[{{ st.N_TILES }}]) {
     return;
   }
   let tile = step[{{ st.tiles }}u + wid.x];
-  let row0 = tile & 0xffffu;
-  let count = tile >> 16u;
-  # endif
-  let seq = step[{{ st.row_seqs }}u + row0];
-  # if ring
-  let table = step[{{ st.seqs }}u + seq * {{ st.SEQ_WORDS }}u + {{ st.SLOT }}u] * {{ ring }}u;
+  if ((tile >> 16u) > 1u) {
+    return;
+  }
+  let row = tile & 0xffffu;
   # else
-  let table = {{ st.tables }}u + seq * {{ st.max_blocks }}u;
+  let row = wid.x;
+  if (row >= step[{{ st.N_ROWS }}]) {
+    return;
+  }
   # endif
-  let position0 = step[{{ st.positions }}u + row0];
-  let end = position0 + count;
+  let seq = step[{{ st.row_seqs }}u + row];
+  let table = {{ pages.table_of("seq", ring, st) }};
+  let position = step[{{ st.positions }}u + row];
+  let end = position + 1u;
   # if window
-  let start = (max(position0 + 1u, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
+  let start = (max(end, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
   # else
   let start = 0u;
   # endif
   # if splits > 1
-  let share = (end - start + {{ splits * wg - 1 }}u) / {{ splits * wg }}u * {{ wg }}u;
+  let share = max({{ share }}u, (end - start + {{ splits * block_size - 1 }}u) / {{ splits * block_size }}u * {{ block_size }}u);
   let low = start + wid.z * share;
+  if (low >= end) {
+    return;
+  }
   let high = min(low + share, end);
   # else
   let low = start;
   let high = end;
   # endif
+  let head0 = wid.y * {{ nq }}u;
+  let kv_head = head0 / {{ group }}u;
+  let lane = lid % {{ lanes }}u;
+  let place = lid / {{ lanes }}u;
 
-  for (var i = lid; i < {{ nq * head_dim // 4 }}u; i += {{ wg }}u) {
-    let n = i / {{ head_dim // 4 }}u;
-    let r = min(n / {{ group }}u, count - 1u);
-    let head = wid.y * {{ group }}u + n % {{ group }}u;
-    qs[i] = q[((row0 + r) * {{ n_heads }}u + head) * {{ head_dim // 4 }}u + i % {{ head_dim // 4 }}u] * {{ "%.9g" % scale }};
+  # if fused
+  let base = row * {{ (n_heads + 2 * n_kv) * head_dim }}u;
+  # if norm
+  if (lid < {{ (nq + 1) * per }}u) {
+    let n = lid / {{ per }}u;
+    let at = base + select({{ n_heads }}u + kv_head, head0 + n, n < {{ nq }}u) * {{ head_dim }}u;
+    var squares = 0.0;
+    for (var d = lid % {{ per }}u; d < {{ head_dim }}u; d += {{ per }}u) {
+      squares += qkv[at + d] * qkv[at + d];
+    }
+    red[lid] = squares;
   }
-  # for n in range(nq)
-  var top{{ n }} = NEVER;
-  var sum{{ n }} = 0.0;
-  # for j in range(pp)
-  var acc{{ n }}_{{ j }} = vec2<f32>();
-  # endfor
-  # endfor
-  let pair = lid % {{ vpt }}u;
-  let part = lid / {{ vpt }}u;
   workgroupBarrier();
-
-  for (var p0 = low; p0 < high; p0 += {{ wg }}u) {
-    let p = p0 + lid;
-    # for n in range(nq)
-    var s{{ n }} = 0.0;
+  # endif
+  for (var i = lid; i < {{ (nq + 1) * head_dim }}u; i += {{ wg }}u) {
+    let n = i / {{ head_dim }}u;
+    let d = i % {{ head_dim }}u;
+    let p = partner(d);
+    let at = base + select({{ n_heads }}u + kv_head, head0 + n, n < {{ nq }}u) * {{ head_dim }}u;
+    var first = qkv[at + d];
+    var second = qkv[at + p];
+    # if norm
+    var squares = 0.0;
+    for (var j = 0u; j < {{ per }}u; j++) {
+      squares += red[n * {{ per }}u + j];
+    }
+    let factor = inverseSqrt(squares / {{ head_dim }}.0 + {{ "%.9g" % eps }});
+    first *= factor * select(k_weight[d], q_weight[d], n < {{ nq }}u);
+    second *= factor * select(k_weight[p], q_weight[p], n < {{ nq }}u);
+    # endif
+    let value = turned(first, second, d, position);
+    if (n < {{ nq }}u) {
+      qs[i] = value * {{ "%.9g" % scale }};
+    } else {
+      fresh[d] = value;
+      fresh[{{ head_dim }}u + d] = qkv[base + ({{ n_heads + n_kv }}u + kv_head) * {{ head_dim }}u + d];
+    }
+  }
+  # else
+  for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
+    qs[i] = q[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] * {{ "%.9g" % scale }};
+  }
+  # endif
+  workgroupBarrier();
+  # for j in range(upl)
+  let unit{{ j }} = {{ "min(lane + %du, %du)" % (j * lanes, units - 1) if tail and j == upl - 1 else "lane + %du" % (j * lanes) }};
+  # endfor
+  # for n in range(nq)
+  # for j in range(upl)
+  # for h in range(2)
+  # set at = "%du + 8u * unit%d + " % (n * head_dim + 4 * h, j)
+  var q{{ n }}_{{ j }}{{ "ab"[h] }} = vec4<f32>(qs[{{ at }}0u], qs[{{ at }}1u], qs[{{ at }}2u], qs[{{ at }}3u]);
+  # if tail and j == upl - 1
+  q{{ n }}_{{ j }}{{ "ab"[h] }} *= select(0.0, 1.0, lane + {{ j * lanes }}u < {{ units }}u);
+  # endif
+  var acc{{ n }}_{{ j }}{{ "ab"[h] }} = vec4<f32>();
+  # endfor
+  # endfor
+  # endfor
+  # if fused
+  // the row's own key and value as the pages hold them, which only the last split needs
+  let makes = lid < {{ 2 * units }}u && high == end;
+  let of_v = lid / {{ units }}u;
+  let own_unit = lid % {{ units }}u;
+  var scales: Scales;
+  if (makes) {
+    scales = scales_of(of_v * {{ head_dim }}u, own_unit);
+  }
+  # if kv == "q8_0"
+  workgroupBarrier();
+  # endif
+  if (makes) {
+    let raw = made(fresh_unit(8u * lid), scales);
+    let back = decoded(raw);
+    # for i in range(4)
+    fresh[8u * lid + {{ i }}u] = back.a[{{ i }}];
+    fresh[8u * lid + {{ i + 4 }}u] = back.b[{{ i }}];
     # endfor
-    if (p < high) {
-      let block = block_of(p, table);
-      let at = ((block * {{ n_kv }}u + wid.y) * {{ block_size }}u + p % {{ block_size }}u) * {{ head_dim // (8 if kv == "f16" else 4) }}u;
-      for (var i = 0u; i < {{ head_dim // 8 }}u; i++) {
-        # if kv == "f16"
-        let kk = k[at + i];
-        let a = vec4<f32>(unpack2x16float(kk.x), unpack2x16float(kk.y));
-        let b = vec4<f32>(unpack2x16float(kk.z), unpack2x16float(kk.w));
-        # else
-        let a = bitcast<vec4<f32>>(k[at + 2u * i]);
-        let b = bitcast<vec4<f32>>(k[at + 2u * i + 1u]);
-        # endif
-        # for n in range(nq)
-        s{{ n }} += dot(qs[{{ n * head_dim // 4 }}u + 2u * i], a) + dot(qs[{{ n * head_dim // 4 + 1 }}u + 2u * i], b);
+    if (head0 % {{ group }}u == 0u) {
+      let page = page_of(position, table, kv_head);
+      if (of_v == 0u) {
+        k_write(page, position % {{ block_size }}u, own_unit, raw, scales);
+      } else {
+        v_write(page, position % {{ block_size }}u, own_unit, raw, scales);
+      }
+    }
+  }
+  workgroupBarrier();
+  # endif
+  var top = NEVER;
+  var sum = 0.0;
+  let member = lid % {{ team }}u;
+  let mine = lid / {{ team }}u;
+  # if shuffle
+  # set padded = (m + lanes - 1) // lanes * lanes if m >= lanes else (1 if m == 1 else (2 if m == 2 else (4 if m <= 4 else (8 if m <= 8 else (16 if m <= 16 else 32)))))
+  # set ns = namespace(m=padded, mask=lanes // 2, slot="0u", owner="true")
+  # for _ in range(6) if ns.mask > 0
+  # if ns.m > 1
+  # set ns.slot = ns.slot + " + select(0u, %du, (lane & %du) != 0u)" % (ns.m // 2, ns.mask)
+  # set ns.m = ns.m // 2
+  # else
+  # set ns.owner = ns.owner + " && (lane & %du) == 0u" % ns.mask
+  # endif
+  # set ns.mask = ns.mask // 2
+  # endfor
+  let slot = {{ ns.slot }};  // which of the sums of its lanes a thread has in the end
+  let owner = {{ ns.owner }};
+  # endif
+  # macro load(name, first)
+  # for b in range(batch)
+  let p{{ b }} = min({{ first }} + {{ b * places }}u + place, high - 1u);
+  let page{{ b }} = page_of(p{{ b }}, table, kv_head);
+  # endfor
+  # for b in range(batch)
+  # for j in range(upl)
+  let raw{{ b }}_{{ j }} = {{ name }}_raw(page{{ b }}, p{{ b }} % {{ block_size }}u, unit{{ j }});
+  # endfor
+  # endfor
+  # endmacro
+  # macro decode(own)
+  # for b in range(batch)
+  # for j in range(upl)
+  # if fused
+  var e{{ b }}_{{ j }} = decoded(raw{{ b }}_{{ j }});
+  if (p{{ b }} == position) {
+    e{{ b }}_{{ j }} = fresh_unit({{ own }}u + 8u * unit{{ j }});
+  }
+  # else
+  let e{{ b }}_{{ j }} = decoded(raw{{ b }}_{{ j }});
+  # endif
+  # endfor
+  # endfor
+  # endmacro
+  # macro add_values(first)
+  {{ decode(head_dim) }}
+  # for b in range(batch)
+  # for n in range(nq)
+  let w{{ b }}_{{ n }} = scores[{{ n * chunk + b * places }}u + {{ first }} + place];
+  # for j in range(upl)
+  acc{{ n }}_{{ j }}a += w{{ b }}_{{ n }} * e{{ b }}_{{ j }}.a;
+  acc{{ n }}_{{ j }}b += w{{ b }}_{{ n }} * e{{ b }}_{{ j }}.b;
+  # endfor
+  # endfor
+  # endfor
+  # endmacro
+
+  for (var here = low; here < high; here += {{ chunk }}u) {
+    for (var t0 = 0u; t0 < {{ chunk }}u; t0 += {{ batch * places }}u) {
+      if (here + t0 >= high) {
+        break;
+      }
+      {{ load("k", "here + t0") }}
+      {{ decode(0) }}
+      # for b in range(batch)
+      # for n in range(nq)
+      var s{{ b * nq + n }} = 0.0;
+      # for j in range(upl)
+      s{{ b * nq + n }} += dot(q{{ n }}_{{ j }}a, e{{ b }}_{{ j }}.a) + dot(q{{ n }}_{{ j }}b, e{{ b }}_{{ j }}.b);
+      # endfor
+      # endfor
+      # endfor
+      # if shuffle
+      // sums over the lanes: with each exchange a thread gives away half of its values
+      # for i in range(m, padded)
+      var s{{ i }} = 0.0;
+      # endfor
+      # set ns = namespace(m=padded, mask=lanes // 2)
+      # for _ in range(6) if ns.mask > 0
+      # if ns.m > 1
+      # set ns.m = ns.m // 2
+      {
+        let upper = (lane & {{ ns.mask }}u) != 0u;
+        # for i in range(ns.m)
+        s{{ i }} = select(s{{ i }}, s{{ i + ns.m }}, upper) + subgroupShuffleXor(select(s{{ i + ns.m }}, s{{ i }}, upper), {{ ns.mask }}u);
         # endfor
       }
-    }
-    # for n in range(nq)
-    # if softcap
-    s{{ n }} = tanh(clamp(s{{ n }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
-    # endif
-    # set seen = "p <= position0 + %du" % (n // group)
-    # set near = " && p + %du > position0 + %du" % (window, n // group) if window else ""
-    s{{ n }} = select(NEVER, s{{ n }}, p < high && {{ seen }}{{ near }});
-    # endfor
-
-    # if subgroup
-    # for n in range(nq)
-    let best{{ n }} = subgroupMax(s{{ n }});
-    # endfor
-    if (lid % {{ subgroup }}u == 0u) {
-      # for n in range(nq)
-      tops[{{ n * reds }}u + lid / {{ subgroup }}u] = best{{ n }};
+      # else
+      s0 += subgroupShuffleXor(s0, {{ ns.mask }}u);
+      # endif
+      # set ns.mask = ns.mask // 2
       # endfor
+      # for i in range(ns.m)
+      if (owner && slot + {{ i }}u < {{ m }}u) {
+        let value = slot + {{ i }}u;
+        scores[value % {{ nq }}u * {{ chunk }}u + t0 + value / {{ nq }}u * {{ places }}u + place] = s{{ i }};
+      }
+      # endfor
+      # else
+      # for i in range(m)
+      sums[({{ i * lanes }}u + lane) * {{ places + 1 }}u + place] = s{{ i }};
+      # endfor
+      workgroupBarrier();
+      for (var i = lid; i < {{ places * m }}u; i += {{ wg }}u) {
+        let value = i / {{ places }}u;
+        var total = 0.0;
+        # for i in range(lanes)
+        total += sums[(value * {{ lanes }}u + {{ i }}u) * {{ places + 1 }}u + i % {{ places }}u];
+        # endfor
+        scores[value % {{ nq }}u * {{ chunk }}u + t0 + value / {{ nq }}u * {{ places }}u + i % {{ places }}u] = total;
+      }
+      workgroupBarrier();
+      # endif
     }
-    # else
-    # for n in range(nq)
-    probs[{{ n * wg }}u + lid] = s{{ n }};
-    # endfor
+    // the first values are under way while the softmax is computed
+    {{ load("v", "here") }}
+    # if shuffle
     workgroupBarrier();
-    if (lid < {{ nq * reds }}u) {
+    # endif
+    # for i in range(chunk // team)
+    var x{{ i }} = NEVER;
+    # endfor
+    if (lid < {{ nq * team }}u) {
       var best = NEVER;
-      let first = (lid / {{ reds }}u) * {{ wg }}u + (lid % {{ reds }}u) * {{ wg // reds }}u;
-      for (var i = 0u; i < {{ wg // reds }}u; i++) {
-        best = max(best, probs[first + i]);
-      }
-      tops[lid] = best;
-    }
-    # endif
-    workgroupBarrier();
-    # for n in range(nq)
-    {
-      var best = top{{ n }};
-      # for i in range(reds)
-      best = max(best, tops[{{ n * reds + i }}]);
-      # endfor
-      let keep = exp(top{{ n }} - best);
-      top{{ n }} = best;
-      sum{{ n }} *= keep;
-      # for j in range(pp)
-      acc{{ n }}_{{ j }} *= keep;
-      # endfor
-      probs[{{ n * wg }}u + lid] = select(exp(s{{ n }} - best), 0.0, s{{ n }} == NEVER);
-    }
-    # endfor
-    workgroupBarrier();
-    if (part < {{ pg }}u) {
-      let n_here = min({{ wg }}u, high - p0);
-      for (var t0 = part * {{ block_size }}u; t0 < n_here; t0 += {{ pg * block_size }}u) {
-        let block = block_of(p0 + t0, table);
-        let at = (block * {{ n_kv }}u + wid.y) * {{ block_size * vp }}u;
-        for (var t = 0u; t < min({{ block_size }}u, n_here - t0); t++) {
-          # for j in range(pp)
-          # if vp % wg and j == pp - 1
-          let v{{ j }} = value_at(at + t * {{ vp }}u + min(pair + {{ j * wg }}u, {{ vp - 1 }}u));
-          # else
-          let v{{ j }} = value_at(at + t * {{ vp }}u + pair + {{ j * wg }}u);
+      # for i in range(chunk // team)
+      {
+        let p = here + {{ i * team }}u + member;
+        if (p < high{{ " && p + %du > position" % window if window }}) {
+          x{{ i }} = scores[mine * {{ chunk }}u + {{ i * team }}u + member];
+          # if softcap
+          x{{ i }} = tanh(clamp(x{{ i }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
           # endif
-          # endfor
-          # for n in range(nq)
-          let w{{ n }} = probs[{{ n * wg }}u + t0 + t];
-          sum{{ n }} += w{{ n }};
-          # for j in range(pp)
-          acc{{ n }}_{{ j }} += w{{ n }} * v{{ j }};
-          # endfor
-          # endfor
         }
+        best = max(best, x{{ i }});
+      }
+      # endfor
+      red[lid] = best;
+    }
+    workgroupBarrier();
+    if (lid < {{ nq * team }}u) {
+      var best = top;
+      for (var i = 0u; i < {{ team }}u; i++) {
+        best = max(best, red[mine * {{ team }}u + i]);
+      }
+      let keep = exp(top - best);
+      top = best;
+      sum *= keep;
+      # for i in range(chunk // team)
+      {
+        let weight = select(exp(x{{ i }} - best), 0.0, x{{ i }} == NEVER);
+        sum += weight;
+        scores[mine * {{ chunk }}u + {{ i * team }}u + member] = weight;
+      }
+      # endfor
+      if (member == 0u) {
+        keeps[mine] = keep;
       }
     }
     workgroupBarrier();
-  }
-  # if pg > 1
-  # for other in range(1, pg)
-  if (part == {{ other }}u) {
     # for n in range(nq)
-    others[{{ n * vp }}u + pair] = acc{{ n }}_0;
-    if (pair == 0u) {
-      other_sums[{{ n }}] = sum{{ n }};
+    # for j in range(upl)
+    acc{{ n }}_{{ j }}a *= keeps[{{ n }}];
+    acc{{ n }}_{{ j }}b *= keeps[{{ n }}];
+    # endfor
+    # endfor
+    {
+      {{ add_values("0u") }}
+    }
+    for (var t0 = {{ batch * places }}u; t0 < {{ chunk }}u; t0 += {{ batch * places }}u) {
+      if (here + t0 >= high) {
+        break;
+      }
+      {{ load("v", "here + t0") }}
+      {{ add_values("t0") }}
+    }
+    workgroupBarrier();
+  }
+  # if shuffle
+  # set ns = namespace(mask=lanes)
+  # for _ in range(6) if ns.mask < subgroup
+  # for n in range(nq)
+  # for j in range(upl)
+  acc{{ n }}_{{ j }}a += subgroupShuffleXor(acc{{ n }}_{{ j }}a, {{ ns.mask }}u);
+  acc{{ n }}_{{ j }}b += subgroupShuffleXor(acc{{ n }}_{{ j }}b, {{ ns.mask }}u);
+  # endfor
+  # endfor
+  # set ns.mask = ns.mask * 2
+  # endfor
+  let part = lid / {{ subgroup }}u;
+  let has_part = lid % {{ subgroup }}u < {{ lanes }}u;
+  # else
+  let part = place;
+  let has_part = true;
+  # endif
+  if (lid < {{ nq * team }}u) {
+    red[lid] = sum;
+    if (member == 0u) {
+      keeps[mine] = top;
+    }
+  }
+  # for first in range(0, parts, kept)
+  # if first
+  workgroupBarrier();
+  # endif
+  if (has_part && part >= {{ first }}u && part < {{ first + kept }}u) {
+    # for n in range(nq)
+    # for j in range(upl)
+    {{ "if (lane + %du < %du) {" % (j * lanes, units) if tail and j == upl - 1 else "{" }}
+      let to = (part - {{ first }}u) * {{ nq * head_dim }}u + {{ n * head_dim }}u + 8u * (lane + {{ j * lanes }}u);
+      # for i in range(4)
+      sums[to + {{ i }}u] {{ "+" if first }}= acc{{ n }}_{{ j }}a[{{ i }}];
+      sums[to + {{ i + 4 }}u] {{ "+" if first }}= acc{{ n }}_{{ j }}b[{{ i }}];
+      # endfor
     }
     # endfor
-  }
-  workgroupBarrier();
-  if (part == 0u) {
-    # for n in range(nq)
-    acc{{ n }}_0 += others[{{ n * vp }}u + pair];
-    sum{{ n }} += other_sums[{{ n }}];
     # endfor
   }
-  workgroupBarrier();
   # endfor
-  # endif
-  if (part > 0u) {
-    return;
-  }
-  # for n in range(nq)
-  if ({{ n // group }}u < count) {
-    let head = (row0 + {{ n // group }}u) * {{ n_heads }}u + wid.y * {{ group }}u + {{ n % group }}u;
+  workgroupBarrier();
+  for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
+    let n = i / {{ head_dim }}u;
+    var total = sums[i];
+    # for other in range(1, kept)
+    total += sums[{{ other * nq * head_dim }}u + i];
+    # endfor
+    var weight = 0.0;
+    for (var j = 0u; j < {{ team }}u; j++) {
+      weight += red[n * {{ team }}u + j];
+    }
     # if splits == 1
     # if sinks
-    let sink = sinks[wid.y * {{ group }}u + {{ n % group }}u];
-    let highest = max(top{{ n }}, sink);
-    let keep = exp(top{{ n }} - highest);
-    sum{{ n }} = sum{{ n }} * keep + exp(sink - highest);
+    let highest = max(keeps[n], sinks[head0 + n]);
+    let keep = exp(keeps[n] - highest);
+    total *= keep;
+    weight = weight * keep + exp(sinks[head0 + n] - highest);
     # endif
-    # for j in range(pp)
-    if (pair + {{ j * wg }}u < {{ vp }}u) {
-      out[head * {{ vp }}u + pair + {{ j * wg }}u] = acc{{ n }}_{{ j }}{{ " * keep" if sinks }} / sum{{ n }};
-    }
-    # endfor
+    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total / weight;
     # else
-    let at = (head * {{ splits }}u + wid.z) * {{ vp + 1 }}u;
-    # for j in range(pp)
-    if (pair + {{ j * wg }}u < {{ vp }}u) {
-      out[at + pair + {{ j * wg }}u] = acc{{ n }}_{{ j }};
-    }
-    # endfor
-    if (pair == 0u) {
-      out[at + {{ vp }}u] = vec2<f32>(top{{ n }}, sum{{ n }});
+    let to = (({{ "seq" if rows == "single" else "row" }} * {{ n_heads }}u + head0 + n) * {{ splits }}u + wid.z) * {{ head_dim + 4 }}u;
+    out[to + i % {{ head_dim }}u] = total;
+    if (i % {{ head_dim }}u == 0u) {
+      out[to + {{ head_dim }}u] = keeps[n];
+      out[to + {{ head_dim + 1 }}u] = weight;
     }
     # endif
   }
-  # endfor
 }

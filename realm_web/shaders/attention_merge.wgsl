@@ -1,36 +1,90 @@
 // The parts of `attention` with splits > 1 made whole: each split weighted by exp(its maximum - the largest).
-// step;  parts (n_rows, n_heads, splits, head_dim + 2) f32;  out (n_rows, n_heads * head_dim) f32
-// [sinks (n_heads,) f32] as in attention
-// constants: n_heads, head_dim, splits, sinks, st;  grid: (n_heads, n_rows, 1)
-# set vp = head_dim // 2
+// step;  parts (n_rows, n_heads, splits, head_dim + 4) f32, of which the first splits are written; of "single" rows by sequence
+// [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  The constants are as in `attention`.
+// constants: n_heads, head_dim, block_size, window, rows, splits, share, sinks, wg, st;  grid: (n_heads, rows or tiles, 1)
+# set quads = head_dim // 4
+# set ns = namespace(ways=1)
+# for _ in range(6) if ns.ways * 2 * quads <= wg and ns.ways < splits
+# set ns.ways = ns.ways * 2
+# endfor
+# set ways = ns.ways
+# set each = (splits + ways - 1) // ways
 {{ bind("step", "u32") }}
-{{ bind("parts", "vec2<f32>") }}
+{{ bind("parts", "vec4<f32>") }}
 # if sinks
 {{ bind("sinks", "f32") }}
 # endif
-{{ bind("out", "vec2<f32>", "read_write") }}
+{{ bind("out", "vec4<f32>", "read_write") }}
 
-@compute @workgroup_size(64)
+var<workgroup> sums: array<vec4<f32>, {{ ways * quads }}>;
+var<workgroup> weights: array<f32, {{ ways }}>;
+
+@compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  if (wid.y >= step[{{ st.N_ROWS }}]) {
+  # if rows == "single"
+  if (wid.y >= step[{{ st.N_TILES }}]) {
     return;
   }
-  let head = wid.y * {{ n_heads }}u + wid.x;
-  let base = head * {{ splits * (vp + 1) }}u;
-  var top = {{ "sinks[wid.x]" if sinks else "-1e30" }};
-  for (var s = 0u; s < {{ splits }}u; s++) {
-    top = max(top, parts[base + s * {{ vp + 1 }}u + {{ vp }}u].x);
+  let tile = step[{{ st.tiles }}u + wid.y];
+  if ((tile >> 16u) > 1u) {
+    return;
   }
-  for (var pair = lid; pair < {{ vp }}u; pair += 64u) {
-    var total = vec2<f32>();
-    var sum = {{ "exp(sinks[wid.x] - top)" if sinks else "0.0" }};
-    for (var s = 0u; s < {{ splits }}u; s++) {
-      let at = base + s * {{ vp + 1 }}u;
-      let stats = parts[at + {{ vp }}u];
-      let w = exp(stats.x - top);
-      total += w * parts[at + pair];
-      sum += w * stats.y;
+  let row = tile & 0xffffu;
+  # else
+  let row = wid.y;
+  if (row >= step[{{ st.N_ROWS }}]) {
+    return;
+  }
+  # endif
+  let end = step[{{ st.positions }}u + row] + 1u;
+  # if window
+  let start = (max(end, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
+  # else
+  let start = 0u;
+  # endif
+  let share = max({{ share }}u, (end - start + {{ splits * block_size - 1 }}u) / {{ splits * block_size }}u * {{ block_size }}u);
+  let last = (end - start - 1u) / share;
+  let head = row * {{ n_heads }}u + wid.x;
+  # if rows == "single"
+  let base = (step[{{ st.row_seqs }}u + row] * {{ n_heads }}u + wid.x) * {{ splits * (quads + 1) }}u;
+  # else
+  let base = head * {{ splits * (quads + 1) }}u;
+  # endif
+  var top = {{ "sinks[wid.x]" if sinks else "-1e30" }};
+  for (var s = 0u; s <= last; s++) {
+    top = max(top, parts[base + s * {{ quads + 1 }}u + {{ quads }}u].x);
+  }
+  let quad = lid % {{ quads }}u;
+  let way = lid / {{ quads }}u;
+  if (way < {{ ways }}u) {
+    var total = vec4<f32>();
+    var weight = 0.0;
+    # for i in range(each)
+    {
+      let s = way + {{ i * ways }}u;
+      let at = base + min(s, last) * {{ quads + 1 }}u;
+      let stats = parts[at + {{ quads }}u];
+      let w = select(0.0, exp(stats.x - top), s <= last);
+      total += w * parts[at + quad];
+      weight += w * stats.y;
     }
-    out[head * {{ vp }}u + pair] = total / sum;
+    # endfor
+    sums[lid] = total;
+    if (quad == 0u) {
+      weights[way] = weight;
+    }
+  }
+  workgroupBarrier();
+  if (lid < {{ quads }}u) {
+    var total = sums[lid];
+    var weight = weights[0];
+    # for i in range(1, ways)
+    total += sums[{{ i * quads }}u + lid];
+    weight += weights[{{ i }}];
+    # endfor
+    # if sinks
+    weight += exp(sinks[wid.x] - top);
+    # endif
+    out[head * {{ quads }}u + lid] = total / weight;
   }
 }

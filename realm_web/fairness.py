@@ -12,10 +12,10 @@ admitted.
 
 Levels age as wholes, so that aging leaves the shares of tenants within a level alone. While requests of a
 level wait and others of higher levels are served, the level gains one for each `aging` units of that service,
-up to the highest level that waits. There it goes first, with one request, which stays at that level; then it
-starts over. So the first in line of level p is the first of all after at most aging * (top - p) units of
-service to higher levels and one turn of each lower level; the next slot and blocks that come free are its
-own.
+up to the highest level that waits. There levels take turns, the one whose turn is longest ago first: one
+request is admitted, which stays at that height, and the level is back where it was. So the first in line of
+level p is admitted after at most aging * (top - p) units of service to higher levels, and then one turn of
+each other level that waits; a turn comes whenever a slot and blocks come free.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from .request import MAX_PRIORITY, Request
 # share prefixes.
 PROMPT_COST = 1
 OUTPUT_COST = 2
-# Service to higher levels that raises waiting ones by a level, in prompt tokens: some ten answers of 200
-# tokens, half a second of a large GPU. In tokens and not in seconds, as this knows no clock.
-AGING = 4096
+# Service to higher levels that raises waiting ones by a level, in prompt tokens: that of a hundred requests,
+# so that a level gets about one admission in a hundred from the next higher one; seconds of a large GPU,
+# minutes of a small one. In tokens and not in seconds, as this knows no clock.
+AGING = 65536
 
 
 class Account:
@@ -54,11 +55,12 @@ class Account:
 class _Level:
     """The waiting requests of one level: of each tenant in the order of arrival."""
 
-    __slots__ = ("lines", "since")
+    __slots__ = ("lines", "since", "turn")
 
-    def __init__(self, since: int):
+    def __init__(self):
         self.lines: dict[Account, OrderedDict[int, Request]] = {}
-        self.since = since  # service to higher levels when this one last had its turn, or nothing waiting
+        self.turn = 0  # admissions before it last had its turn, or nothing waiting
+        self.since = 0  # service to higher levels up to then
 
 
 class WaitingLine:
@@ -78,6 +80,7 @@ class WaitingLine:
         self._levels: dict[int, _Level] = {}
         self._served = [0] * (2 * MAX_PRIORITY + 1)  # cost by level, from -MAX_PRIORITY on
         self._n = 0
+        self._n_admitted = 0
 
     def __len__(self) -> int:
         return self._n
@@ -117,7 +120,8 @@ class WaitingLine:
         self._n += 1
         level = self._levels.get(request.level)
         if level is None:
-            level = self._levels[request.level] = _Level(self._served_above(request.level))
+            level = self._levels[request.level] = _Level()
+            self._begin(request.level, level)
         line = level.lines.setdefault(account, OrderedDict())
         ran_before = request.arrival < next(reversed(line), -1)
         older = list(takewhile(lambda arrival: arrival < request.arrival, line)) if ran_before else []
@@ -142,24 +146,21 @@ class WaitingLine:
         """A waiting request runs, at the level that `first` gave it; its old level has had its turn."""
         waited_at = self._levels[request.level]
         self.remove(request)
-        waited_at.since = self._served_above(request.level)
+        self._n_admitted += 1
+        self._begin(request.level, waited_at)
         request.level = level
         self._last = request.account
 
     def first(self) -> tuple[Request, int] | None:
-        """The request that is next, and the level at which it is: its own, or higher by aging."""
+        """The request that is next, and the level at which it is: the highest, by itself or by aging."""
         if not self._levels:
             return None
         top = self.top
-        own, at = top, top
-        for level in sorted(self._levels):
-            aged = self._aged(level, top)
-            if aged == top:  # of several at the top, the lowest has waited for most
-                own, at = level, aged
-                break
-        lines = self._levels[own].lines
+        at_the_top = [number for number in self._levels if self._aged(number, top) == top]
+        number = min(at_the_top, key=lambda number: (self._levels[number].turn, number))
+        lines = self._levels[number].lines
         account = min(lines, key=lambda account: (account.counter, next(iter(lines[account]))))
-        return next(iter(lines[account].values())), at
+        return next(iter(lines[account].values())), top
 
     @property
     def top(self) -> int:
@@ -186,6 +187,10 @@ class WaitingLine:
             assert account.n_waiting == n_waiting.get(account, 0), (
                 f"{account.name!r} has {n_waiting.get(account, 0)} waiting, not {account.n_waiting}"
             )
+
+    def _begin(self, number: int, level: _Level) -> None:
+        level.turn = self._n_admitted
+        level.since = self._served_above(number)
 
     def _aged(self, level: int, top: int) -> int:
         gained = (self._served_above(level) - self._levels[level].since) // self._aging

@@ -74,9 +74,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise RequestError(f"task is {self.task!r}: use {', '.join(TASKS)}")
-        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+        if type(self.priority) is not int or not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             raise RequestError(
-                f"priority is {self.priority}: give a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+                f"priority is {self.priority!r}: give a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}"
             )
         self.level = self.priority
         self.prompt_ids = tuple(self.prompt_ids)

@@ -892,9 +892,9 @@ def test_when_blocks_run_out_the_lowest_priority_gives_way_though_it_is_older():
     assert [low.output_ids, high.output_ids] == [alone(low, 16)[0], alone(high, 16)[0]]
 
 
-@pytest.mark.parametrize("priority", [-11, 11])
+@pytest.mark.parametrize("priority", [-11, 11, 0.5, True, "high"])
 def test_a_priority_outside_of_the_range_is_an_error(priority):
-    with pytest.raises(RequestError, match=f"priority is {priority}: give a whole number from -10 to 10"):
+    with pytest.raises(RequestError, match=f"priority is {priority!r}: give a whole number from -10 to 10"):
         make_request("a", [1], priority=priority)
 
 

@@ -70,7 +70,11 @@ class OwnGrammarEngine:
             masks[row * n_bytes : (row + 1) * n_bytes] = matcher.mask()
 
     def _compile(self, constraint: Constraint) -> Masks:
-        return Masks(Machine(constraint_rules(constraint)), self._tree.open(), self.end_mask)
+        try:
+            machine = Machine(constraint_rules(constraint))
+        except RecursionError:
+            raise RequestError("response_format is nested too deeply, or has too long a property") from None
+        return Masks(machine, self._tree.open(), self.end_mask)
 
 
 def constraint_rules(constraint: Constraint) -> dict[str, Node]:

@@ -95,7 +95,7 @@ def _json_rules(max_space: int) -> dict[str, Node]:
         ),
         "value": choice(*map(Call, ("object", "array", "string", "number")), "true", "false", "null"),
         "object": _braced("{", _list(_pair(Call("string"), _VALUE)), "}"),
-        "array": _braced("[", _list(_VALUE), "]"),
+        "array": _braced("[", _list(sequence(_VALUE, _SPACE)), "]"),
     }  # fmt: skip
 
 
@@ -104,14 +104,14 @@ def _whole() -> Node:
 
 
 def _braced(begin: str, inside: Node, end: str) -> Node:
-    return sequence(begin, _SPACE, inside, _SPACE, end)
+    return sequence(begin, _SPACE, inside, end)
 
 
 def _pair(key: Node, value: Node) -> Node:
-    return sequence(key, _SPACE, ":", _SPACE, value)
+    return sequence(key, _SPACE, ":", _SPACE, value, _SPACE)
 
 
-_COMMA = sequence(_SPACE, ",", _SPACE)
+_COMMA = sequence(",", _SPACE)
 
 
 def _list(item: Node) -> Node:
@@ -281,24 +281,19 @@ class _Reader:
             high = min(len(prefix), len(prefix) if high is None else high)
         if high is not None and high < low:
             return Choice(())
-        rest = Choice(()) if high is not None and high <= len(prefix) else self.node(items, f"{where}/items")
-        if not prefix and low == 0:
-            inside: Node = _list(rest) if high is None else EMPTY
-            if high:
-                inside = optional(sequence(rest, Repeat(sequence(_COMMA, rest), 0, high - 1)))
-            return _braced("[", inside, "]")
         n = len(prefix) if high is None else min(len(prefix), high)
-        tail: Node = EMPTY
-        if high is None or high > n:
-            tail = Repeat(
-                sequence(_COMMA, rest), max(low - max(n, 1), 0), None if high is None else high - max(n, 1)
-            )
-        for i in range(max(n, 1) - 1, -1, -1):
-            item = self.node(prefix[i], f"{where}/prefixItems/{i}") if i < n else rest
-            tail = sequence(*([_COMMA] if i else []), item, tail)
-            if i >= low:
-                tail = optional(tail)
-        return _braced("[", tail, "]")
+        rest = Choice(()) if n == high else sequence(self.node(items, f"{where}/items"), _SPACE)
+        # From the last item to the first; before the n-th they are the prefix, after it any number of `rest`.
+        last = max(n, 1) if high is None else min(max(n, 1), high)
+        tail: Node = Repeat(
+            sequence(_COMMA, rest), max(low - last, 0), None if high is None else max(high - last, 0)
+        )
+        for i in reversed(range(last)):
+            item = sequence(self.node(prefix[i], f"{where}/prefixItems/{i}"), _SPACE) if i < n else rest
+            name = f"{where} from {i}"
+            self.rules[name] = sequence(*([_COMMA] if i else []), item, tail)
+            tail = Call(name) if i < low else optional(Call(name))
+        return _braced("[", tail if last else EMPTY, "]")
 
     def _string(self, stated: Mapping[str, object], where: str) -> Node:
         low, high = self._counts(stated, where, "minLength", "maxLength")

@@ -11,14 +11,14 @@ from realm_web.step import NONE
 N_VOCAB, N_VALID, SLICE, LISTED = 1000, 991, 128, 500
 PARTS = -(-N_VALID // SLICE)
 SEQS = [(0, 3), (9, 1), (4, 2)]
-FILTERS = {
-    "temperature": {"temperature": 0.7},
+FILTERS = {  # temperatures whose inverse is exact: a last bit more would put ties into the next bin
+    "temperature": {"temperature": 0.5},
     "top-k": {"temperature": 1.0, "top_k": 7},
-    "top-p": {"temperature": 1.5, "top_p": 0.6},
+    "top-p": {"temperature": 2.0, "top_p": 0.6},
     "min-p": {"temperature": 1.0, "min_p": 0.1},
-    "all": {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "all": {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
     "one": {"temperature": 0.5, "top_k": 1},
-    "flat": {"temperature": 50.0, "top_k": 600, "top_p": 0.7},
+    "flat": {"temperature": 64.0, "top_k": 600, "top_p": 0.7},
 }
 
 
@@ -100,7 +100,7 @@ def run(name: str, consts: dict, *tensors: np.ndarray) -> None:
 
 
 def draw_cases() -> Iterator[Case]:
-    consts = consts_of(listed=LISTED)
+    consts = consts_of(listed=LISTED, groups=3)
 
     def tensors(rng, params, until, ties, listed):
         """Bindings of `until`, after the kernels before it have run."""
@@ -138,8 +138,10 @@ def draw_cases() -> Iterator[Case]:
                 kind = f"{name} wg {wg}{' ties' * ties}"
                 # masses differ by the rounding of exp; the order of the list is left to the device
                 for kernel, output in (("sample_bins", 3), ("sample_gather", 4)):
+                    if name == "one" and kernel == "sample_gather":
+                        continue  # nothing but a list
                     yield Case(
-                        f"{kernel} {kind}", kernel, c, made(kernel), (output,), (PARTS, 3), FMA, dtype="count"
+                        f"{kernel} {kind}", kernel, c, made(kernel), (output,), (3, 3), FMA, dtype="count"
                     )
                 # the tokens of fixed seeds: equal unless a draw lands within rounding (2^-30) of a boundary
                 c = c | {"draw": True, "counting": False}

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from realm_web.ops.recorder import Recorder
 from realm_web.runtime.device import View
 from realm_web.tensor import Tensor
 
+
+@dataclass(frozen=True)
+class Shape:
+    """How the work is cut. Slices do not depend on the batch, so neither do sums, nor tokens."""
+
+    wg: int  # threads
+    slice: int  # tokens of a part of the vocabulary
+    top_slice: int  # the same for log-probabilities
+    workgroups: int  # of all sequences together, in the passes that begin with work of their own
+
+
+GPU = Shape(wg=256, slice=1024, top_slice=4096, workgroups=512)
+SOFTWARE = Shape(wg=64, slice=2048, top_slice=2048, workgroups=16)
 LISTED = 4096  # tokens of one sequence that the filters decide on one by one without another pass over all
 BINS = 512
 LOGPROB_WORDS = 41  # log-probability of the token, 20 ids, 20 log-probabilities
@@ -32,19 +47,15 @@ def sample(
     """
     device, n_vocab = r.device, logits.shape[-1]
     n_valid = n_valid or n_vocab
-    wg, slice_ = (64, 2048) if device.info.is_cpu else (256, 1024)
-    n_parts = -(-n_valid // slice_)
-    grid, nbytes = (n_parts, r.n_seqs), 4 * n_valid * r.n_seqs
+    shape = SOFTWARE if device.info.is_cpu else GPU
+    wg, n_parts = shape.wg, -(-n_valid // shape.slice)
+    nbytes = 4 * n_valid * r.n_seqs
     adjust, masked = counts is not None, mask is not None
     parts = r.scratch("sampling parts", r.n_seqs, n_parts, 4)
     consts = {
-        "n_vocab": n_vocab,
-        "n_valid": n_valid,
-        "slice": slice_,
-        "parts": n_parts,
-        "wg": wg,
+        "n_vocab": n_vocab, "n_valid": n_valid, "slice": shape.slice, "parts": n_parts, "wg": wg,
         "st": r.layout,
-    }
+    }  # fmt: skip
 
     extra: list[View] = []
     adjusted = logits
@@ -59,21 +70,26 @@ def sample(
     if masked:
         extra.append(mask)
     partial = device.kernel("sample_partial", **consts, draw=draw, adjust=adjust, masked=masked)
-    r.add(partial, (r.step, logits, parts, *extra), grid, nbytes=nbytes)
+    r.add(partial, (r.step, logits, parts, *extra), (n_parts, r.n_seqs), nbytes=nbytes)
 
     counting = (counts,) if adjust else ()
     final = device.kernel("sample_final", **consts, listed=LISTED, draw=draw, counting=adjust)
     if draw:
         listed = r.scratch("sampling list", r.n_seqs, 1 + n_parts + LISTED)
+        groups = max(1, min(n_parts, shape.workgroups // r.n_seqs))
         for name in ("sample_bins", "sample_gather"):
-            kernel = device.kernel(name, **consts, listed=LISTED)
-            r.add(kernel, (r.step, adjusted, parts, bins, listed), grid, nbytes=nbytes)
+            kernel = device.kernel(name, **consts, groups=groups, listed=LISTED)
+            r.add(kernel, (r.step, adjusted, parts, bins, listed), (groups, r.n_seqs), nbytes=nbytes)
         views = (r.step, adjusted, parts, bins, listed, r.slots, out, *counting)
     else:
         views = (r.step, parts, r.slots, out, *counting)
     r.add(final, views, (r.n_seqs,))
     if logprobs is not None:
-        tops = r.scratch("likeliest tokens", r.n_seqs, n_parts, 42)
-        r.add(device.kernel("sample_top", **consts), (r.step, logits, tops), grid, nbytes=nbytes)
-        kernel = device.kernel("sample_logprobs", n_vocab=n_vocab, parts=n_parts, wg=wg, st=r.layout)
+        n_tops = -(-n_valid // shape.top_slice)
+        tops = r.scratch("likeliest tokens", r.n_seqs, n_tops, 42)
+        consts |= {"slice": shape.top_slice, "parts": n_tops}
+        r.add(
+            device.kernel("sample_top", **consts), (r.step, logits, tops), (n_tops, r.n_seqs), nbytes=nbytes
+        )
+        kernel = device.kernel("sample_logprobs", n_vocab=n_vocab, parts=n_tops, wg=wg, st=r.layout)
         r.add(kernel, (r.step, logits, tops, r.slots, logprobs), (r.n_seqs,))

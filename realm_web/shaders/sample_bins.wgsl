@@ -2,7 +2,7 @@
 // sequences with top-k or top-p. Also empties the list that `sample_gather` appends to.
 // step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 512, 2) u32
 // list (n_seqs, 1 + parts + listed) u32
-// constants: n_vocab, n_valid, slice, parts, listed, wg, st;  grid: (parts, n_seqs, 1)
+// constants: n_vocab, n_valid, slice, parts, groups, listed, wg, st;  grid: (groups, n_seqs, 1)
 # import "lib/sampling.wgsl" as sampling
 {{ bind("step", "u32") }}
 {{ bind("logits", "f32") }}
@@ -32,8 +32,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   let inverse = 1.0 / temperature;
   let rule = rule_of(whole(s, inverse, lid), inverse, bitcast<f32>(step[seq + {{ st.MIN_P }}u]));
-  let end = min((wid.x + 1u) * {{ slice }}u, {{ n_valid }}u);
-  for (var i = wid.x * {{ slice }}u + lid; i < end; i += {{ wg }}u) {
+  for (var i = wid.x * {{ wg }}u + lid; i < {{ n_valid }}u; i += {{ groups * wg }}u) {
     let v = logits[s * {{ n_vocab }}u + i];
     let mass = mass_of(rule, v);
     if (mass > 0u) {

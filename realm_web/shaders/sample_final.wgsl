@@ -62,9 +62,8 @@ fn clear(n: u32, lid: u32) {
   workgroupBarrier();
 }
 
-// The first of n tallies at which their sum reaches `goal`, and the sum before it; n where none does. sums[wg - 1].x is
-// then the total.
-fn reach(goal: u32, n: u32, lid: u32) -> vec2<u32> {
+// The first of n tallies at which their sum reaches `goal` (n where none does), the sum before it, and that of all.
+fn reach(goal: u32, n: u32, lid: u32) -> vec3<u32> {
   if (lid == 0u) {
     found = vec2<u32>(n, 0u);
   }
@@ -75,7 +74,8 @@ fn reach(goal: u32, n: u32, lid: u32) -> vec2<u32> {
   for (var i = lid * each; i < end; i++) {
     here += atomicLoad(&tally[i]);
   }
-  var before = scan(vec2<u32>(here, 0u), lid).x;
+  let sum = scan(vec2<u32>(here, 0u), lid);
+  var before = sum.x;
   if (before < goal && before + here >= goal) {
     for (var i = lid * each; i < end; i++) {
       let next = before + atomicLoad(&tally[i]);
@@ -86,7 +86,7 @@ fn reach(goal: u32, n: u32, lid: u32) -> vec2<u32> {
       before = next;
     }
   }
-  return workgroupUniformLoad(&found);
+  return vec3<u32>(workgroupUniformLoad(&found), sum.z);
 }
 
 // The largest key from `floor` on at which the tokens of a bin with this key and above weigh at least `goal`: by count,
@@ -183,8 +183,7 @@ fn drawn(s: u32, rule: Rule, top_k: u32, top_p: f32, random: u32, lid: u32) -> u
   }
   workgroupBarrier();
   weigh(rule, open, from_bin, least, false, lid);
-  reach(0xffffffffu, {{ parts }}u, lid);
-  let point = high_product(random, sums[{{ wg - 1 }}].x);
+  let point = high_product(random, reach(0xffffffffu, {{ parts }}u, lid).z);
   let part = reach(point + 1u, {{ parts }}u, lid);
   let start = min(part.x, {{ parts - 1 }}u) * {{ slice }}u;
   let n = min({{ slice }}u, {{ n_valid }}u - start);

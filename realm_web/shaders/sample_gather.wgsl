@@ -3,7 +3,7 @@
 // step;  logits (n_seqs, n_vocab) f32, adjusted;  parts (n_seqs, parts, 4) u32;  bins (n_seqs, 512, 2) u32
 // list (n_seqs, 1 + parts + listed) u32: how many there are (more than `listed`: it is not complete), mass of each part,
 // token ids in any order
-// constants: n_vocab, n_valid, slice, parts, listed, wg, st;  grid: (parts, n_seqs, 1)
+// constants: n_vocab, n_valid, slice, parts, groups, listed, wg, st;  grid: (groups, n_seqs, 1)
 # import "lib/sampling.wgsl" as sampling
 {{ bind("step", "u32") }}
 {{ bind("logits", "f32") }}
@@ -15,7 +15,8 @@
 {{ sampling.scan(wg) }}
 {{ sampling.edges(wg) }}
 
-var<workgroup> sure: atomic<u32>;
+# set each = (parts + groups - 1) // groups
+var<workgroup> sure: array<atomic<u32>, {{ each }}>;
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -34,31 +35,36 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     load_bins(s, lid);
     cut = edges(top_k, top_p, lid);
   }
-  if (lid == 0u) {
-    atomicStore(&sure, 0u);
+  for (var p = lid; p < {{ each }}u; p += {{ wg }}u) {
+    atomicStore(&sure[p], 0u);
   }
   workgroupBarrier();
   let base = s * {{ 1 + parts + listed }}u;
-  let end = min((wid.x + 1u) * {{ slice }}u, {{ n_valid }}u);
-  var stays = 0u;
-  for (var i = wid.x * {{ slice }}u + lid; i < end; i += {{ wg }}u) {
-    let v = logits[s * {{ n_vocab }}u + i];
-    let mass = mass_of(rule, v);
-    if (mass > 0u) {
-      let b = bin_of(rule, v);
-      if (b < min(cut.x, cut.y)) {
-        stays += mass;
-      } else if (b == cut.x || (b >= cut.y && b <= cut.z)) {
-        let place = atomicAdd(&list[base], 1u);
-        if (place < {{ listed }}u) {
-          atomicStore(&list[base + {{ 1 + parts }}u + place], i);
+  for (var p = 0u; p < {{ each }}u; p++) {
+    let start = (wid.x * {{ each }}u + p) * {{ slice }}u;
+    let end = min(start + {{ slice }}u, {{ n_valid }}u);
+    var stays = 0u;
+    for (var i = start + lid; i < end; i += {{ wg }}u) {
+      let v = logits[s * {{ n_vocab }}u + i];
+      let mass = mass_of(rule, v);
+      if (mass > 0u) {
+        let b = bin_of(rule, v);
+        if (b < min(cut.x, cut.y)) {
+          stays += mass;
+        } else if (b == cut.x || (b >= cut.y && b <= cut.z)) {
+          let place = atomicAdd(&list[base], 1u);
+          if (place < {{ listed }}u) {
+            atomicStore(&list[base + {{ 1 + parts }}u + place], i);
+          }
         }
       }
     }
+    atomicAdd(&sure[p], stays);
   }
-  atomicAdd(&sure, stays);
   workgroupBarrier();
-  if (lid == 0u) {
-    atomicStore(&list[base + 1u + wid.x], atomicLoad(&sure));
+  for (var p = lid; p < {{ each }}u; p += {{ wg }}u) {
+    if (wid.x * {{ each }}u + p < {{ parts }}u) {
+      atomicStore(&list[base + 1u + wid.x * {{ each }}u + p], atomicLoad(&sure[p]));
+    }
   }
 }

@@ -76,20 +76,30 @@ fn bin_of(rule: Rule, v: f32) -> u32 {
 # endmacro
 
 # macro scan(wg)
+# set width = 16 if wg > 64 else 8
 var<workgroup> sums: array<vec2<u32>, {{ wg }}>;
+var<workgroup> rows: array<vec2<u32>, {{ wg // width }}>;  // sums of {{ width }} neighbours
 
-// The sum of every thread's value before this one; sums[wg - 1] is then the total.
-fn scan(value: vec2<u32>, lid: u32) -> vec2<u32> {
+// The sum of every thread's value before this one, and of all. Two barriers: loops are cheaper than a tree's.
+fn scan(value: vec2<u32>, lid: u32) -> vec4<u32> {
   workgroupBarrier();
   sums[lid] = value;
-  for (var stride = 1u; stride < {{ wg }}u; stride <<= 1u) {
-    workgroupBarrier();
-    let before = select(vec2<u32>(), sums[max(lid, stride) - stride], lid >= stride);
-    workgroupBarrier();
-    sums[lid] += before;
+  workgroupBarrier();
+  let row = lid / {{ width }}u;
+  var before = vec2<u32>();
+  for (var i = row * {{ width }}u; i < lid; i++) {
+    before += sums[i];
+  }
+  if (lid % {{ width }}u == {{ width - 1 }}u) {
+    rows[row] = before + value;
   }
   workgroupBarrier();
-  return sums[lid] - value;
+  var all = vec2<u32>();
+  for (var i = 0u; i < {{ wg // width }}u; i++) {
+    before += select(vec2<u32>(), rows[i], i < row);
+    all += rows[i];
+  }
+  return vec4<u32>(before, all);
 }
 # endmacro
 
@@ -103,7 +113,7 @@ fn load_bins(s: u32, lid: u32) {
     here += bins[s * {{ bins }}u + b];
     upto[b] = here;
   }
-  let before = scan(here, lid);
+  let before = scan(here, lid).xy;
   for (var b = lid * {{ bins // wg }}u; b < (lid + 1u) * {{ bins // wg }}u; b++) {
     upto[b] += before;
   }

@@ -113,6 +113,20 @@ class Transformer:
                     read[id(weight)] = weight.nbytes * experts.n_used // experts.n_experts
         return sum(read.values())
 
+    @property
+    def matrices(self) -> list[tuple[Weight, str]]:
+        """Every weight that a pass multiplies with, and the activation that goes with it or ""."""
+        found = [(self.output, "")]
+        for layer in self.layers:
+            mixer, ffn = layer.mixer, layer.ffn
+            linears = [mixer.in_proj if isinstance(mixer, ShortConv) else mixer.qkv, mixer.output]
+            if isinstance(ffn, FeedForward):
+                act = self.config.arch.act if ffn.fused_act else ""
+                found += [(weight, act) for weight, _ in ffn.gate_up.weights]
+                linears.append(ffn.down)
+            found += [(weight, "") for linear in linears for weight, _ in linear.weights]
+        return found
+
     def record(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:
         """Record the pass; returns the logits (n_seqs, n_vocab) of the rows from which tokens are drawn."""
         return self.record_logits(r, self.record_hidden(r, memory, ropes))

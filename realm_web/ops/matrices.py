@@ -34,9 +34,26 @@ class Matvec:
         return (x, -(-m // self.m_tile), -(-blocks // x)), x
 
 
-def choose_matvec(device: Device, n: int, k: int, m: int, *, ints: bool = False, act: bool = False) -> Matvec:
-    """Defaults measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
-    m_tile = min(MATVEC_ROWS, 1 << (m - 1).bit_length())
+def product_key(fmt: str, n: int, k: int, m: int, *, act: bool) -> str:
+    """What a choice among variants hangs on."""
+    return f"{fmt} {'2 x ' * act}{n} x {k}, {_m_tile(m)} rows"
+
+
+def _m_tile(m: int) -> int:
+    return min(MATVEC_ROWS, 1 << (m - 1).bit_length())
+
+
+def choose_matvec(
+    device: Device, fmt: str, n: int, k: int, m: int, *, ints: bool = False, act: bool = False
+) -> Matvec:
+    """What was measured on this device (`tuning.py`), else a default."""
+    tuned = device.tuned.get(product_key(fmt, n, k, m, act=act)) if ints else None
+    return tuned or default_matvec(device, n, k, m, ints=ints, act=act)
+
+
+def default_matvec(device: Device, n: int, k: int, m: int, *, ints: bool, act: bool) -> Matvec:
+    """Measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
+    m_tile = _m_tile(m)
     if device.info.is_cpu:  # no barriers, no reductions: a thread per row
         return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
     size = device.subgroup_size
@@ -95,7 +112,7 @@ def linear(
             matmuls.record(r, consts, [r.step, x.floats(r), *after], m, weight.label, exact)
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
-        tuning = choose_matvec(r.device, n, weight.k, m, ints=ints, act=bool(act))
+        tuning = choose_matvec(r.device, weight.fmt.name, n, weight.k, m, ints=ints, act=bool(act))
         x_as, before = _input(r, x, n, m, ints)
         grid, fold = tuning.grid(r.device, n, m)
         kernel = r.device.kernel(

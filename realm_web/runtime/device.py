@@ -186,6 +186,7 @@ class Device:
             0  # buffers, kernels and bind groups made so far: constant while tokens are generated
         )
         self.allocated = 0  # bytes
+        self.tuned: dict[str, Any] = {}  # variants of kernels that were measured: see `tuning.py`
         self.trace: Trace | None = None  # runs programs in the place of their own replay
         self._kernels: dict[tuple, Kernel] = {}
         self._new: list[Kernel] = []

@@ -1,0 +1,131 @@
+"""Choosing kernel variants by measurement, and remembering them."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from realm_web import tuning
+from realm_web.errors import FormatError
+from realm_web.ops.matrices import Matvec, choose_matvec, product_key
+from realm_web.quants import FORMATS
+from realm_web.runtime.adapters import open_device
+from realm_web.tensor import Weight
+
+DEFAULT = Matvec(lanes=32, rows=1, wg=256, m_tile=1, subgroup=32, unroll=2)
+OTHER = replace(DEFAULT, lanes=64)
+
+
+def timing(variant: Matvec, seconds: float, key: str = "a") -> tuning.Timing:
+    return tuning.Timing(key, variant, seconds, 1000)
+
+
+@pytest.fixture
+def device():
+    """A software device that passes for hardware."""
+    opened = asyncio.run(open_device("webgpu"))
+    opened.info = replace(opened.info, adapter_type="DiscreteGPU")
+    yield opened
+    opened.close()
+
+
+def matrices(device, n=64, k=256):
+    weights = [Weight.alloc(device, FORMATS["Q4_0"], n, k, f"blk.{i}.w") for i in range(2)]
+    return [(weights[0], ""), (weights[1], ""), (Weight.alloc(device, FORMATS["F16"], n, k, "plain"), "")]
+
+
+def test_the_fastest_variant_of_each_product_is_chosen():
+    timings = [timing(DEFAULT, 3.0), timing(OTHER, 2.0), timing(DEFAULT, 1.0, "b"), timing(OTHER, 2.0, "b")]
+    assert [t.chosen for t in tuning.best(timings)] == [False, True, True, False]
+
+
+def test_the_default_stays_where_another_is_hardly_faster():
+    assert [t.chosen for t in tuning.best([timing(DEFAULT, 1.0), timing(OTHER, 0.99)])] == [True, False]
+
+
+def test_candidates_begin_with_the_default_and_are_all_different():
+    for m_tile in (1, 8):
+        default = replace(DEFAULT, m_tile=m_tile, unroll=1)
+        for k in (576, 4096, 14336):
+            for act in (False, True):
+                found = tuning.candidates(default, k, act=act)
+                assert found[0] == default
+                assert len(set(found)) == len(found)
+                assert {v.m_tile for v in found} == {m_tile}
+                assert all(v.wg % v.lanes == 0 for v in found)
+                assert len(found) <= 24
+
+
+def test_choices_survive_being_written_down():
+    chosen = {"a": DEFAULT, "b": OTHER}
+    assert tuning.decode(tuning.encode("a card", chosen)) == chosen
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"chosen": {"a": 1}}', '{"chosen": {"a": {"lanes": 1}}}'])
+def test_damaged_choices_are_refused_with_the_cure(text):
+    with pytest.raises(FormatError, match="realm tune"):
+        tuning.decode(text)
+
+
+def test_a_store_of_files_gives_back_what_was_put_there(tmp_path):
+    store = tuning.FileStore(tmp_path / "new")
+
+    async def both():
+        assert await store.get("a") is None
+        await store.put("a", "one")
+        await store.put("a", "two")
+        return await store.get("a")
+
+    assert asyncio.run(both()) == "two"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_the_cache_folder_is_the_systems(tmp_path):
+    given = {"XDG_CACHE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path / "local")}
+    assert tuning.user_folder("linux", given, tmp_path / "home") == tmp_path / "realm_web"
+    assert tuning.user_folder("win32", given, tmp_path / "home") == tmp_path / "local" / "realm_web"
+
+
+def test_matrices_of_equal_format_and_shape_are_one_product(device):
+    (product,) = tuning.products(matrices(device))
+    assert [weight.label for weight in product.weights] == ["blk.0.w", "blk.1.w"]
+    assert product.key(1) == product_key("Q4_0", 64, 256, 1, act=False)
+
+
+def test_products_are_measured_once_and_then_remembered(device, tmp_path):
+    store, said = tuning.FileStore(tmp_path), []
+
+    async def tune(**options):
+        return await tuning.tune(device, matrices(device), store, on_message=said.append, **options)
+
+    timings = asyncio.run(tune())
+    keys = {product_key("Q4_0", 64, 256, m, act=False) for m in (1, 8)}
+    assert {t.key for t in timings} == keys == set(device.tuned)
+    assert sum(t.chosen for t in timings) == 2
+    assert all(t.seconds > 0 for t in timings)
+    assert len(said) == 1 and "2 products" in said[0]
+    chosen = dict(device.tuned)
+    device.tuned = {}
+    assert asyncio.run(tune()) == [] and device.tuned == chosen
+    one_row = product_key("Q4_0", 64, 256, 1, act=False)
+    assert choose_matvec(device, "Q4_0", 64, 256, 1, ints=True) == chosen[one_row]
+    assert len(asyncio.run(tune(again=True))) == len(timings)
+    assert len(said) == 2
+
+
+def test_damaged_memories_are_measured_again(device, tmp_path):
+    (tmp_path / tuning.store_name(device)).write_text("{")
+    assert asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path)))
+    json.loads((tmp_path / tuning.store_name(device)).read_text())
+
+
+def test_what_no_time_is_left_for_keeps_its_default(device, tmp_path):
+    assert asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path), seconds=-1)) == []
+    assert device.tuned == {}
+
+
+def test_a_software_device_measures_nothing(device, tmp_path):
+    device.info = replace(device.info, adapter_type="CPU")
+    assert asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path / "none"))) == []
+    assert not (tmp_path / "none").exists()

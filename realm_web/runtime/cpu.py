@@ -7,7 +7,6 @@ four bytes a weight. Without it they stay packed and are decoded a tile at a tim
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from realm_web.errors import DeviceError
 from realm_web.runtime import cpu_attention, cpu_kernels, cpu_matmul, cpu_moe, cpu_sampling, cpu_score
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
+from realm_web.runtime.memory import available_memory
 
 UNLIMITED = 1 << 62
 TWINS = (
@@ -40,19 +40,8 @@ def info() -> AdapterInfo:
         backend="numpy",
         adapter_type="CPU",
         features=frozenset({"dense", "timestamps"}),
-        limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4, _available_memory()),
+        limits=Limits(UNLIMITED, UNLIMITED, 64, UNLIMITED, UNLIMITED, UNLIMITED, 4, available_memory()),
     )
-
-
-def _available_memory() -> int:
-    """Bytes that programs can still have on this machine; 0 where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
 
 
 def _processor() -> str:

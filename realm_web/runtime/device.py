@@ -38,7 +38,8 @@ class Limits:
     max_invocations: int  # threads per workgroup
     max_shared: int  # workgroup memory
     offset_alignment: int
-    memory: int = 0  # that is still to be had, where the platform tells; 0: unknown
+    # that is still to be had, where the platform tells; 0: unknown
+    memory: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

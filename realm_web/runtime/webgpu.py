@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import wgpu
@@ -17,8 +18,9 @@ import wgpu.backends.wgpu_native
 from wgpu.backends.wgpu_native._api import GPUShaderModule, libf
 from wgpu.backends.wgpu_native._ffi import ffi, lib
 
-from realm_web.errors import DeviceError
+from realm_web.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
+from realm_web.runtime.memory import available_memory
 from realm_web.runtime.webgpu_replay import Ahead, Queries, Recording, Staging
 
 STORAGE = (
@@ -49,6 +51,7 @@ def _rank(adapter_type: str) -> str:
 
 def _info(adapter: Any) -> AdapterInfo:
     info, limits = adapter.info, adapter.limits
+    software = info["adapter_type"] == "CPU"
     smallest, largest = _subgroup_sizes(adapter)
     return AdapterInfo(
         name=info["device"],
@@ -64,6 +67,7 @@ def _info(adapter: Any) -> AdapterInfo:
             max_invocations=limits["max-compute-invocations-per-workgroup"],
             max_shared=limits["max-compute-workgroup-storage-size"],
             offset_alignment=limits["min-storage-buffer-offset-alignment"],
+            memory=available_memory() if software else 0,
         ),
         subgroup_size=smallest if smallest == largest else 0,
         driver=info["description"],
@@ -100,6 +104,7 @@ class WebGPUBackend:
         self.name, self.checked = info.name, libf
         self.raw_device, self._queue = self.device._internal, self.device.queue._internal
         self.tick = 1e-9 * lib.wgpuQueueGetTimestampPeriod(self._queue)
+        self._probe = self.device.create_buffer(size=16, usage=STORAGE)
         self._submitted = ffi.new("WGPUCommandBuffer[1]")
         self._staging: dict[int, list[Staging]] = {}
         self._ahead = Ahead()
@@ -109,7 +114,8 @@ class WebGPUBackend:
         try:
             return self.device.create_buffer(label=label, size=nbytes, usage=STORAGE)
         except (wgpu.GPUError, RuntimeError, MemoryError) as error:
-            raise DeviceError(
+            self.check()
+            raise OutOfDeviceMemory(
                 f"{self.info.name} has no room for {label} ({nbytes:,} bytes): {error}; "
                 "use a smaller model, a shorter --context, or another device"
             ) from error
@@ -120,7 +126,8 @@ class WebGPUBackend:
 
     def write(self, handle: Any, data: Any, offset: int) -> None:
         source = ffi.from_buffer(data)
-        lib.wgpuQueueWriteBuffer(self._queue, handle._internal, offset, source, len(source))
+        with self.told_apart():
+            libf.wgpuQueueWriteBuffer(self._queue, handle._internal, offset, source, len(source))
 
     async def read(self, handle: Any, offset: int, nbytes: int) -> bytes:
         parts = []
@@ -145,7 +152,8 @@ class WebGPUBackend:
             {"binding": i, "resource": {"buffer": v.buffer.handle, "offset": v.offset, "size": v.nbytes}}
             for i, v in enumerate(views)
         ]
-        return self.device.create_bind_group(layout=self._layout(kernel.source.access), entries=entries)
+        with self.told_apart():
+            return self.device.create_bind_group(layout=self._layout(kernel.source.access), entries=entries)
 
     def record(
         self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
@@ -163,6 +171,21 @@ class WebGPUBackend:
         keep = [view.buffer.handle for view in (readback, times) if view is not None]
         keep += [*bindings, *(step.kernel.pipeline for step in steps)]
         return Recording(self, self._ahead, calls, keep, source, queries)
+
+    def check(self) -> None:
+        """Raise DeviceLost if the device is: a submission would end the process. Costs 2 us."""
+        with self.told_apart():  # a write of nothing, which does not but look at the device
+            libf.wgpuQueueWriteBuffer(self._queue, self._probe._internal, 0, ffi.NULL, 0)
+
+    @contextmanager
+    def told_apart(self) -> Iterator[None]:
+        """Raise the library's errors as ours."""
+        try:
+            yield
+        except wgpu.GPUError as error:
+            if "lost" in str(error).lower():
+                raise DeviceLost(f"{self.name} is gone: its driver was reset, or it was unplugged") from error
+            raise DeviceError(f"{self.name}: {error}") from error
 
     async def synchronize(self) -> None:
         lib.wgpuDevicePoll(self.raw_device, True, ffi.NULL)
@@ -213,7 +236,12 @@ class WebGPUBackend:
         return GPUShaderModule(kernel.name, raw, self.device)
 
     def submit(self, commands: Any) -> int:
-        """Enqueue and release a command buffer; the number of the submission."""
+        """Enqueue and release a command buffer; the number of the submission. DeviceLost."""
+        try:
+            self.check()
+        except DeviceLost:
+            lib.wgpuCommandBufferRelease(commands)
+            raise
         self._submitted[0] = commands
         index = lib.wgpuQueueSubmitForIndex(self._queue, 1, self._submitted)
         lib.wgpuCommandBufferRelease(commands)
@@ -222,6 +250,7 @@ class WebGPUBackend:
     def staging(self, nbytes: int) -> Staging:
         size = max(256, 1 << (nbytes - 1).bit_length())
         pool = self._staging.setdefault(size, [])
-        return (
-            pool.pop() if pool else Staging(self.device.create_buffer(size=size, usage=STAGING), size, pool)
-        )
+        if not pool:
+            with self.told_apart():
+                pool.append(Staging(self.device.create_buffer(size=size, usage=STAGING), size, pool))
+        return pool.pop()

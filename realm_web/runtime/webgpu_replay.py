@@ -13,6 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -35,6 +36,10 @@ class Submitter(Protocol):
     checked: Any  # the library's functions, raising on an error
 
     def submit(self, commands: Any) -> int: ...
+
+    def check(self) -> None: ...
+
+    def told_apart(self) -> AbstractContextManager[None]: ...
 
     def staging(self, nbytes: int) -> Staging: ...
 
@@ -60,12 +65,13 @@ class Recording:
         self._keep = keep  # what the calls hold raw handles of
         self._readback, self._queries = readback, queries
         self._checked = False
-        self.ready: SimpleQueue[Encoded] = SimpleQueue()
+        self.ready: SimpleQueue[Encoded | Exception] = SimpleQueue()
         self.n_ordered = 0  # command buffers that are in `ready`, or will be
 
     def __call__(self) -> Readback | None:
         if not self._checked:
-            encoded = self.encode(self.new_staging(), self._backend.checked)
+            with self._backend.told_apart():
+                encoded = self.encode(self.new_staging(), self._backend.checked)
             self._checked = True
         elif self._queries is None:
             encoded = self._ahead.take(self)
@@ -166,13 +172,16 @@ class Ahead:
         if len(self._hot) > HOT:
             _drop(self._hot.popitem(last=False)[0])
         while recording.n_ordered < AHEAD:
-            recording.n_ordered += 1
             self._jobs.put((recording, recording.new_staging()))
+            recording.n_ordered += 1
 
 
 def _taken(recording: Recording) -> Encoded:
     recording.n_ordered -= 1
-    return recording.ready.get()  # waits for a thread that is still at it
+    encoded = recording.ready.get()  # waits for a thread that is still at it
+    if isinstance(encoded, Exception):
+        raise encoded
+    return encoded
 
 
 def _drop(recording: Recording) -> None:
@@ -186,7 +195,10 @@ def _drop(recording: Recording) -> None:
 def _work(jobs: SimpleQueue) -> None:
     while (job := jobs.get()) is not None:
         recording, staging = job
-        recording.ready.put(recording.encode(staging, lib))
+        try:
+            recording.ready.put(recording.encode(staging, lib))
+        except Exception as error:  # for the one who takes it
+            recording.ready.put(error)
 
 
 class Queries:
@@ -280,6 +292,9 @@ class Readback:
         index = ffi.new("uint64_t *", self._index)
         while not flag[0]:
             lib.wgpuDevicePoll(backend.raw_device, True, index)
+            if not flag[0]:
+                backend.check()
+        backend.check()  # of a lost device nothing can be taken: that would end the process
         if flag[0] < 0:
             raise DeviceError(f"{backend.name} stopped answering (its memory could not be read back)")
         return self._staging.take(self._nbytes)

@@ -5,39 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from kernel_cases import FMA, HALF, SHAPES, ST, Case, linear_tensors, normal, packed, step_words
+from kernel_cases import FMA, ST, Case, normal, packed, step_words
 
 from realm_web.quants import FORMATS, activation_words
 from realm_web.runtime.cpu_kernels import put_bytes, to_bytes
-
-FLOATS = ("F32", "F16", "BF16")  # formats that no integers stand for
 
 
 def cases() -> Iterator[Case]:
     yield from tile_cases()
     yield from half_rows_cases()
     yield from units_cases()
-    yield from ints_cases()
     yield from sum_cases()
 
 
 def tile_cases() -> Iterator[Case]:
+    def case(fmt, m, n, k, x_as, act="", bias=False, residual=False, offset=0, per_seq=False, **tuning):
+        rows = quantised if x_as == "ints" else lambda x: x
+        consts, tensors, out, grid = _product(
+            fmt, m, n, k, act, bias, residual, offset, tuning, lambda rng: [rows(normal(rng, m, k))], per_seq
+        )
+        name = f"matmul {fmt} {m}x{n}x{k} {x_as}{' ' * bool(act) + act}{' of sequences' * per_seq} {tuning}"
+        return Case(name, "matmul", consts | {"x_as": x_as}, tensors, (2 + out,), grid, FMA)
+
+    small = {"bm": 16, "bn": 64, "tm": 4, "tn": 4, "chunks": 1, "splits": 1}
     for fmt in FORMATS:
-        for f16 in (False, True) if fmt in SHAPES else (False,):
-            for bm, m, act, residual in ((32, 20, "", True), (64, 70, "silu_mul", False)):
-                if act and fmt not in ("Q4_1", "Q4_K", "Q6_K"):
-                    continue
-                n, k, offset = 70, 256, 6
-                tensors, out = linear_tensors(fmt, n, k, m, act, residual, residual, n + offset)
-                consts = {
-                    "fmt": fmt, "k": k, "n": n, "act": act, "bias": residual, "residual": residual,
-                    "scale": 1.0, "softcap": 0.0,
-                    "out_stride": n + offset, "out_offset": offset, "bm": bm, "f16": f16, "st": ST,
-                }  # fmt: skip
-                name = f"matmul {fmt} {m}x{n}x{k} bm {bm}{' f16' * f16}{' ' * bool(act) + act}"
-                grid = (-(-n // (32 if act else 64)), -(-m // bm))
-                tolerance = HALF if f16 else FMA
-                yield Case(name, "matmul", consts, tensors, (out,), grid, tolerance, ("f16",) * f16)
+        for x_as in ("ints", "f32") if FORMATS[fmt].is_quantised else ("f32",):
+            chunks = 2 if x_as == "ints" else 1
+            yield case(
+                fmt, 20, 70, 256, x_as, bias=True, residual=True, offset=6, **small | {"chunks": chunks}
+            )
+    for fmt in ("Q4_1", "Q4_K", "Q6_K", "Q2_K"):
+        for x_as in ("ints", "f32"):
+            yield case(fmt, 70, 70, 256, x_as, "silu_mul", **small | {"bm": 64, "tm": 8})
+            yield case(fmt, 32, 64, 512, x_as, **small | {"splits": 4})
+    yield case(
+        "Q4_K", 32, 64, 512, "ints", "gelu_mul", **small | {"bm": 32, "tn": 8, "chunks": 4, "splits": 2}
+    )
+    yield case("Q4_K", 3, 70, 256, "ints", per_seq=True, **small)
+    yield case("F16", 3, 70, 256, "f32", per_seq=True, **small | {"bn": 32})
 
 
 def half_rows_cases() -> Iterator[Case]:
@@ -98,35 +103,6 @@ def units_cases() -> Iterator[Case]:
         yield case(fmt, 70, 70, 256, "silu_mul", bias=True, **tiles | {"bm": 64, "chunks": 2, "right": "x"})
         yield case(fmt, 32, 64, 512, **tiles | {"splits": 2, "right": "x"})
     yield case("Q4_1", 32, 64, 512, "gelu_mul", **tiles | {"splits": 4, "sm": 16})
-
-
-def ints_cases() -> Iterator[Case]:
-    def case(fmt, m, n, k, act="", bias=False, residual=False, offset=0, per_seq=False, **tuning):
-        consts, tensors, out, grid = _product(
-            fmt,
-            m,
-            n,
-            k,
-            act,
-            bias,
-            residual,
-            offset,
-            tuning,
-            lambda rng: [quantised(normal(rng, m, k))],
-            per_seq,
-        )
-        name = f"matmul_ints {fmt} {m}x{n}x{k}{' ' * bool(act) + act}{' of sequences' * per_seq} {tuning}"
-        return Case(name, "matmul_ints", consts, tensors, (2 + out,), grid, FMA)
-
-    tiles = {"bm": 16, "bn": 64, "tm": 4, "tn": 4, "chunks": 2, "splits": 1}
-    for fmt in FORMATS:
-        if fmt not in FLOATS:
-            yield case(fmt, 20, 70, 256, bias=True, residual=True, offset=6, **tiles)
-    for fmt in ("Q4_1", "Q4_K", "Q6_K", "Q2_K"):
-        yield case(fmt, 70, 70, 256, "silu_mul", **tiles | {"bm": 64, "tm": 8, "chunks": 1})
-        yield case(fmt, 32, 64, 512, **tiles | {"splits": 4})
-    yield case("Q4_K", 32, 64, 512, "gelu_mul", **tiles | {"bm": 32, "tn": 8, "splits": 2})
-    yield case("Q4_K", 3, 70, 256, per_seq=True, **tiles)
 
 
 def quantised(x: np.ndarray) -> np.ndarray:

@@ -151,7 +151,9 @@ def test_the_kernels_that_hardware_runs_give_the_same(tmp_path):
         device = await open_device("webgpu")
         device.info = replace(device.info, adapter_type="DiscreteGPU")
         assert not device.info.is_cpu
-        engine = await Engine.open(path, device=device, kv_type="f32", max_seqs=1, max_rows=64)
+        engine = await Engine.open(
+            path, device=device, kv_type="f32", exact=True, prefix_cache=False, max_seqs=1, max_rows=64
+        )
         assert [bool(pages.ring) for pages in engine.runner.memory] == [True, False, True, False]
         ids = await greedy(engine, prompt, N_DECODED)
         logits = await last_logits(engine)

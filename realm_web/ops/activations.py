@@ -1,8 +1,8 @@
 """Activations on their way into products, in the form that a product takes.
 
-As float32, or as bytes with a scale for every 32 (`shaders/lib/ints.wgsl`); normed first where there is a
-norm. Each form is recorded when it is first asked for, once; a product of one row may ask for neither, and
-make its own (`matvec.wgsl`).
+As float32, as bytes with a scale for every 32 (`shaders/lib/ints.wgsl`), or as float16 with a scale for each
+row (`half_rows.wgsl`); normed first where there is a norm. Each form is recorded when it is first asked for,
+once; a product of one row may ask for none, and make its own (`matvec.wgsl`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Activations:
         self._name = name or "activations"
         self._floats: Tensor | None = None if norm else x
         self._bytes: Tensor | None = None
+        self._halves: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, x: Tensor | Activations) -> Activations:
@@ -52,6 +53,20 @@ class Activations:
             else:
                 self._quantise(r, self.floats(r), self._bytes)
         return self._bytes
+
+    def halves(self, r: Recorder) -> tuple[Tensor, Tensor]:
+        """(k / 8, n, 8) f16 and the scales (n,) f32 of its rows, for matrix units."""
+        if self._halves is None:
+            n, wg = self._n(r), 256
+            y = r.scratch(f"{self._name} in halves", n, self.k // 2)
+            scale = r.scratch(f"scales of {self._name}", n)
+            subgroup = r.device.subgroup_size if wg % max(r.device.subgroup_size, 1) == 0 else 0
+            kernel = r.device.kernel(
+                "half_rows", k=self.k, rows=n, per_seq=self.gather, wg=wg, subgroup=subgroup, st=r.layout
+            )
+            r.add(kernel, (r.step, self.floats(r), y, scale), (n,), f"half_rows {self._name}")
+            self._halves = y, scale
+        return self._halves
 
     def _n(self, r: Recorder) -> int:
         return r.n_seqs if self.gather else self.x.shape[0]

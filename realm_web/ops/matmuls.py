@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
-from realm_web.runtime.device import View
+from realm_web.quants import QuantFormat
+from realm_web.runtime.device import Device, View
+from realm_web.tensor import Tensor
 
 UNITS = {"coop_matrix": "naga", "subgroup_matrix": "tint"}  # feature -> the words that its compiler has
+ENOUGH = 512  # workgroups that fill a large GPU
+MOST_SHARES = 8
+LEAST_TURNS = 4  # of its loop that a share must be worth
 
 
 def units_of(features: frozenset[str]) -> str:
@@ -16,12 +23,94 @@ def units_of(features: frozenset[str]) -> str:
     return next((words for feature, words in UNITS.items() if feature in features), "")
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Tuning of `matmul` or `matmul_units`: every choice gives the same numbers up to rounding."""
+
+    kernel: str
+    bm: int  # rows of activations, and rows of weights, of a workgroup
+    bn: int
+    tuning: tuple[tuple[str, Any], ...]  # the kernel's other constants
+    group: int  # with a gate: rows of it that stand together in a tile
+    splits: int = 1  # shares of k, summed by a second kernel
+
+    def constants(self) -> dict[str, Any]:
+        return {"bm": self.bm, "bn": self.bn, **dict(self.tuning), "splits": self.splits}
+
+
+def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
+    """Tiles for m rows times n rows of k weights, measured on an NVIDIA H200 (bench/NOTES.md)."""
+    bm = next((bm for bm in (16, 32) if m <= bm), 64)
+    if x_as == "halves":
+        return _cut(_units(units_of(device.features), bm, 128 if n >= 1 << 14 or m > 64 else 64), n, k, m)
+    if x_as == "f32":
+        return _cut(_tiles(x_as, min(bm, 32), 64, 4, 4, 1), n, k, m)
+    chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
+    return _cut(_tiles(x_as, bm, 64, 8 if bm == 64 else 4, 4, chunks), n, k, m)
+
+
+def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
+    tuning = (("x_as", x_as), ("tm", tm), ("tn", tn), ("chunks", chunks))
+    return Tiles("matmul", bm, bn, tuning, group=bn // tn)
+
+
+def _units(units: str, bm: int, bn: int) -> Tiles:
+    tuning = (("units", units), ("right", "x"), ("sm", min(bm, 32)), ("sn", 32), ("chunks", 1))
+    return Tiles("matmul_units", bm, bn, tuning, group=16)
+
+
+def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
+    """Cut k into shares where the tiles are too few to fill a large GPU."""
+    chunks, splits = dict(tiles.tuning)["chunks"], 1
+    while k // 32 % chunks:  # rows of an odd number of chunks are taken one by one
+        chunks //= 2
+    share, count = k // 32 // chunks, -(-n // tiles.bn) * -(-m // tiles.bm)
+    while count * splits < ENOUGH and splits < MOST_SHARES and share % (2 * splits) == 0:
+        if share // (2 * splits) < LEAST_TURNS:
+            break
+        splits *= 2
+    return replace(tiles, tuning=tuple(dict(tiles.tuning, chunks=chunks).items()), splits=splits)
+
+
 def record(
-    r: Recorder, consts: dict[str, Any], views: Sequence[View], m: int, label: str, exact: bool
-) -> None:
-    """Record the product of m rows. `consts` and `views` as `matmul.wgsl` has them, without its tuning."""
-    bm = 32 if m <= 32 else 64
-    f16 = "f16" in r.device.features and not exact
-    kernel = r.device.kernel("matmul", **consts, bm=bm, f16=f16)
-    grid = (-(-consts["n"] // (32 if consts["act"] else 64)), -(-m // bm))
-    r.add(kernel, views, grid, f"{kernel.name} {label}")
+    r: Recorder, x: Activations, weight: QuantFormat, parts: Sequence[View], bias: Tensor | None, out: Tensor,
+    consts: dict[str, Any], *, label: str, per_seq: bool, exact: bool,
+) -> None:  # fmt: skip
+    """Record the product of many rows. `consts` as the epilogue and the weight have them."""
+    m = r.n_seqs if per_seq else r.n_rows
+    n = consts["n"] * (2 if consts["act"] else 1)
+    x_as = _form(r, weight, exact)
+    tiles = choose(r.device, x_as, n, consts["k"], m)
+    consts = {**consts, "per_seq": per_seq}
+    rows: tuple[View, ...] = (
+        x.halves(r) if x_as == "halves" else (x.bytes(r) if x_as == "ints" else x.floats(r),)
+    )
+    scale = rows[1:]
+    if x_as == "halves":
+        consts["rows"] = m
+    kernel = r.device.kernel(tiles.kernel, **consts, **tiles.constants())
+    grid = (-(-n // tiles.bn), -(-m // tiles.bm), tiles.splits)
+    after = (*([bias] if bias else []), out)
+    work = {"nbytes": sum(part.nbytes for part in parts), "flops": 2 * m * n * consts["k"]}
+    if tiles.splits == 1:
+        r.add(kernel, (r.step, *rows, *parts, *after), grid, f"{kernel.name} {label}", **work)
+        return
+    m_pad, stride = grid[1] * tiles.bm, grid[0] * tiles.bn
+    shares = r.scratch("shares", tiles.splits, m_pad, stride)
+    r.add(kernel, (r.step, *rows, *parts, shares), grid, f"{kernel.name} {label}", **work)
+    for of_weight in ("fmt", "k", "rows"):
+        consts.pop(of_weight, None)
+    kernel = r.device.kernel(
+        "matmul_sum", **consts, splits=tiles.splits, m_pad=m_pad, stride=stride, group=tiles.group,
+        scaled=bool(scale),
+    )  # fmt: skip
+    r.add(kernel, (r.step, shares, *scale, *after), (-(-consts["n"] // 64), m), f"{kernel.name} {label}")
+
+
+def _form(r: Recorder, weight: QuantFormat, exact: bool) -> str:
+    """How the product takes its activations: "halves" on matrix units, "ints", or "f32"."""
+    if exact or not r.ints:
+        return "f32"
+    if units_of(r.device.features):
+        return "halves"
+    return "ints" if weight.is_quantised else "f32"

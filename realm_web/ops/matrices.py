@@ -108,8 +108,11 @@ def linear(
             "st": r.layout,
         }  # fmt: skip
         after = (*shard.parts, *([bias] if bias else []), out)
-        if m > MATVEC_ROWS and not r.device.info.is_cpu and not per_seq:
-            matmuls.record(r, consts, [r.step, x.floats(r), *after], m, weight.label, exact)
+        if m > MATVEC_ROWS and not r.device.info.is_cpu:
+            matmuls.record(
+                r, x, weight.fmt, shard.parts, bias, out, consts,
+                label=weight.label, per_seq=per_seq, exact=exact,
+            )  # fmt: skip
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
         tuning = choose_matvec(r.device, weight.fmt.name, n, weight.k, m, ints=ints, act=bool(act))

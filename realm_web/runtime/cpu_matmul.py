@@ -11,10 +11,15 @@ from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views, from_bytes, 
 
 
 def matmul(c: dict[str, Any], views: list[np.ndarray]) -> None:
-    v, st = Views(views), c["st"]
-    step, x = v.u32(), v.f32(-1, c["k"])
-    m = int(step[st.N_ROWS])
-    _store(c, v, v.weight(c["fmt"], _n_weights(c), c["k"]).product(x[:m]))
+    v, k = Views(views), c["k"]
+    step = v.u32()
+    m = _n_rows(c, step)
+    x = v.f32(-1, k)[:m] if c["x_as"] == "f32" else from_bytes(v.u32(-1, activation_words(k))[:m], k)
+    weight = v.weight(c["fmt"], _n_weights(c), k)
+    if c["splits"] == 1:
+        _store(c, v, weight.product(x))
+    else:
+        _store_shares(c, v, x, weight.rows(0, weight.n), c["bn"] // c["tn"])
 
 
 def half_rows(c: dict[str, Any], views: list[np.ndarray]) -> None:
@@ -40,18 +45,6 @@ def matmul_units(c: dict[str, Any], views: list[np.ndarray]) -> None:
         _store_shares(c, v, x, rows, 16)
 
 
-def matmul_ints(c: dict[str, Any], views: list[np.ndarray]) -> None:
-    v, k = Views(views), c["k"]
-    step, x = v.u32(), v.u32(-1, activation_words(k))
-    weight = v.weight(c["fmt"], _n_weights(c), k)
-    m = _n_rows(c, step)
-    x = from_bytes(x[:m], k)
-    if c["splits"] == 1:
-        _store(c, v, weight.product(x))
-    else:
-        _store_shares(c, v, x, weight.rows(0, weight.n), c["bn"] // c["tn"])
-
-
 def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
     v = Views(views)
     step, parts = v.u32(), v.f32(c["splits"], c["m_pad"], c["stride"])
@@ -63,9 +56,7 @@ def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
     _store(c, v, y)
 
 
-TWINS: dict[str, Twin] = {
-    twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_ints, matmul_sum)
-}
+TWINS: dict[str, Twin] = {twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_sum)}
 
 
 def _n_rows(c: dict[str, Any], step: np.ndarray) -> int:

@@ -1,74 +1,221 @@
-// out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for many rows m: tiles of bm x 64 outputs, 32 deep, dequantised
-// into workgroup memory; each of 256 threads keeps bm/16 x 4 sums in registers.
-// step;  x (n_rows, k) f32;  weight (n, k) or (2n, k) with act;  [bias (out_stride,) f32];
-// out (n_rows, out_stride) f32, which is added to with `residual`
-// act "silu_mul", "gelu_mul": a tile holds 32 gate rows and their 32 up rows.
-// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, st;  tuning: bm (32 or 64), f16 (the weights' tile in half)
-// grid: (ceil(n / (32 if act else 64)), ceil(n_rows / bm), 1)
+// out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for many rows m, in tiles of bm x bn outputs: `chunks` chunks of
+// 32 at a time of its weights and activations are put into workgroup memory; each thread keeps tm x tn sums.
+// x_as "ints": weights and activations are bytes there, multiplied four at a time; sums become floats once a chunk.
+// x_as "f32": weights are decoded on their way, all is float32.
+// step;  x (n_rows, k) f32, or quantised rows as lib/ints.wgsl has them;  weight (n, k) or (2n, k) with act;
+// splits == 1: [bias (out_stride,) f32];  out (n_rows, out_stride) f32, which is added to with `residual`;
+// splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
+// With act a tile's columns are `across` gate rows, their up rows, the next `across` gate rows... (across = bn / tn)
+// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
+// tuning: x_as, bm, bn, tm, tn, chunks, splits
+// grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
-# set t = "f16" if f16 else "f32"
-# set rm = bm // 16
-# set bn = 32 if act else 64
-{{ "enable f16;" if f16 }}
+# import "lib/ints.wgsl" as int
+# import "quant/" ~ fmt | lower ~ ".wgsl" as own
+# set ints = x_as == "ints"
+# set count = st.N_SEQS if per_seq else st.N_ROWS
+# set across = bn // tn
+# set down = bm // tm
+# set wg = across * down
+# set share = k // 32 // splits
+# set n_w = (bn * chunks + wg - 1) // wg
+# set x_items = chunks if ints else 8 * chunks
+# set n_x = (bm * x_items + wg - 1) // wg
+# set ahead = own.ints is defined
 {{ bind("step", "u32") }}
-{{ bind("x", "vec4<f32>") }}
-{{ weight("w", fmt) }}
-{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_ROWS) }}
+{{ bind("x", "vec4<u32>" if ints else "vec4<f32>") }}
+{{ weight_ints("w", fmt) if ints else weight("w", fmt) }}
+{{ int.activations("x", k) if ints }}
+# if splits == 1
+{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count) }}
+# else
+{{ bind("out", "f32", "read_write") }}
+# endif
+# if ints
+{# An odd stride spreads the rows over the banks. #}
+# set stride = 2 * chunks + 1
+# set low = {"halves": "vec2<f32>", "chunk": "f32"}[own.minimum] if own.minimum else ""
+var<workgroup> xs: array<vec4<u32>, {{ bm * stride }}>;  // (m, chunk, half)
+var<workgroup> ws: array<vec4<u32>, {{ bn * stride }}>;  // (n, chunk, half)
+var<workgroup> xd: array<f32, {{ bm * chunks }}>;  // (chunk, m)
+var<workgroup> wd: array<{{ "vec2<f32>" if own.halves else "f32" }}, {{ bn * chunks }}>;  // (chunk, n)
+# if low
+var<workgroup> xm: array<{{ low }}, {{ bm * chunks }}>;
+var<workgroup> wm: array<{{ low }}, {{ bn * chunks }}>;
+# endif
 
-var<workgroup> xs: array<f32, {{ 32 * bm }}>;  // (k, m): activations may be beyond f16's 65504
-var<workgroup> ws: array<{{ t }}, 2048>;  // (k, n)
+fn signed_bytes(v: vec4<u32>) -> vec4<u32> {
+  # if own.offset
+  // the top bit keeps the bytes from borrowing of each other
+  return ((v | vec4<u32>(0x80808080u)) - vec4<u32>({{ own.offset * 0x01010101 }}u)) ^ vec4<u32>(0x80808080u);
+  # else
+  return v;
+  # endif
+}
+# else
+var<workgroup> xs: array<vec4<f32>, {{ 8 * bm * chunks }}>;  // (m, k), as `place` has it
+var<workgroup> ws: array<vec4<f32>, {{ 8 * bn * chunks }}>;  // (n, k)
 
-@compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+{# Neighbouring rows keep the same k in different banks. #}
+fn place(row: u32, k4: u32) -> u32 {
+  return row * {{ 8 * chunks }}u + (k4 ^ (row & 7u));
+}
+# endif
+
+@compute @workgroup_size({{ wg }})
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m0 = wid.y * {{ bm }}u;
-  if (m0 >= step[{{ st.N_ROWS }}]) {
+  if (m0 >= step[{{ count }}]) {
     return;
   }
-  let last_row = step[{{ st.N_ROWS }}] - 1u;
-  let n0 = wid.x * {{ bn }}u;
-  let tn = lid % 16u;
-  let tm = lid / 16u;
-  # for i in range(rm)
-  var acc{{ i }} = vec4<f32>();
+  let last_row = step[{{ count }}] - 1u;
+  // 32 neighbouring threads make a block of 8 x 4 threads' sums, so that they read few different rows
+  # if across % 8 == 0 and down % 4 == 0
+  let tx = lid % 8u + lid / 32u % {{ across // 8 }}u * 8u;
+  let ty = lid / 8u % 4u + lid / {{ 4 * across }}u * 4u;
+  # else
+  let tx = lid % {{ across }}u;
+  let ty = lid / {{ across }}u;
+  # endif
+  # for i in range(n_w)
+  # set t = "(lid + %du)" % (i * wg)
+  let r{{ i }} = min({{ t }} / {{ chunks }}u, {{ bn - 1 }}u);
+  # if act
+  let n{{ i }} = min(wid.x * {{ bn // 2 }}u + r{{ i }} / {{ 2 * across }}u * {{ across }}u + r{{ i }} % {{ across }}u, {{ n - 1 }}u) + r{{ i }} / {{ across }}u % 2u * {{ n }}u;
+  # else
+  let n{{ i }} = min(wid.x * {{ bn }}u + r{{ i }}, {{ n - 1 }}u);
+  # endif
+  let w{{ i }} = n{{ i }} * {{ k // 32 }}u + {{ t }} % {{ chunks }}u;
   # endfor
-  for (var c = 0u; c < {{ k // 32 }}u; c++) {
-    // threads 0..63 decode one chunk of one weight row each, the other 192 fetch the rows of x
-    if (lid < 64u) {
-      # if act
-      let n = min(n0 + (lid >> 1u), {{ n - 1 }}u) + (lid & 1u) * {{ n }}u;
-      # else
-      let n = min(n0 + lid, {{ n - 1 }}u);
+  # for i in range(tm)
+  # for j in range(tn)
+  var sum{{ i }}_{{ j }} = 0.0;
+  # endfor
+  # endfor
+  let begin = wid.z * {{ share }}u;
+  # macro fetch(c, word)
+  # if ahead
+  # for i in range(n_w)
+  {{ word }} raw{{ i }} = w_fetch(w{{ i }} + {{ c }});
+  # endfor
+  # endif
+  # for i in range(n_x)
+  # set t = "(lid + %du)" % (i * wg)
+  # if ints
+  {{ word }} x{{ i }} = x_fetch(min(m0 + {{ t }} / {{ chunks }}u, last_row), {{ c }} + {{ t }} % {{ chunks }}u);
+  # else
+  {{ word }} x{{ i }} = x[min(m0 + {{ t }} / {{ x_items }}u, last_row) * {{ k // 4 }}u + {{ c }} * 8u + {{ t }} % {{ x_items }}u];
+  # endif
+  # endfor
+  # endmacro
+{{ fetch("begin", "var") }}
+  for (var c = begin; c < begin + {{ share }}u; c += {{ chunks }}u) {
+    # for i in range(n_w)
+    # set t = "(lid + %du)" % (i * wg)
+    {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
+      let row = {{ t }} / {{ chunks }}u;
+      let cc = {{ t }} % {{ chunks }}u;
+      # if ints
+      let v = w_ints(raw{{ i }}, w{{ i }} + c);
+      ws[row * {{ stride }}u + cc * 2u] = signed_bytes(v.a);
+      ws[row * {{ stride }}u + cc * 2u + 1u] = signed_bytes(v.b);
+      wd[cc * {{ bn }}u + row] = v.s{{ "" if own.halves else ".x" }};
+      # if low
+      wm[cc * {{ bn }}u + row] = v.m{{ "" if own.minimum == "halves" else ".x" }};
       # endif
-      let v = w_decode(n * {{ k // 32 }}u + c);
-      # for i in range(32)
-      ws[{{ i * 64 }}u + lid] = {{ t }}(v[{{ i // 4 }}].{{ "xyzw"[i % 4] }});
+      # else
+      let v = {{ "w_floats(w_ints(raw%d, w%d + c))" % (i, i) if ahead else "w_decode(w%d + c)" % i }};
+      # for e in range(8)
+      ws[place(row, cc * 8u + {{ e }}u)] = v[{{ e }}];
       # endfor
-    } else {
-      for (var i = lid - 64u; i < {{ bm * 8 }}u; i += 192u) {
-        let m = i % {{ bm }}u;
-        let q = i / {{ bm }}u;
-        let v = x[min(m0 + m, last_row) * {{ k // 4 }}u + c * 8u + q];
-        # for j in range(4)
-        xs[(q * 4u + {{ j }}u) * {{ bm }}u + m] = v.{{ "xyzw"[j] }};
+      # endif
+    }
+    # endfor
+    # for i in range(n_x)
+    # set t = "(lid + %du)" % (i * wg)
+    {{ "if (%s < %du) " % (t, bm * x_items) if (i + 1) * wg > bm * x_items }}{
+      let row = {{ t }} / {{ x_items }}u;
+      let cc = {{ t }} % {{ x_items }}u;
+      # if ints
+      xs[row * {{ stride }}u + cc * 2u] = x{{ i }}.a;
+      xs[row * {{ stride }}u + cc * 2u + 1u] = x{{ i }}.b;
+      xd[cc * {{ bm }}u + row] = x{{ i }}.d;
+      # if own.minimum == "halves"
+      xm[cc * {{ bm }}u + row] = x{{ i }}.d * vec2<f32>(x{{ i }}.sums);
+      # elif low
+      xm[cc * {{ bm }}u + row] = x{{ i }}.d * f32(x{{ i }}.sums.x + x{{ i }}.sums.y);
+      # endif
+      # else
+      xs[place(row, cc)] = x{{ i }};
+      # endif
+    }
+    # endfor
+    workgroupBarrier();
+    // the next chunks are on their way while these are worked on; after the last come the last again
+    let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
+{{ fetch("next", "") }}
+    # if ints
+    for (var cc = 0u; cc < {{ chunks }}u; cc++) {
+      # for j in range(tn)
+      let a{{ j }} = ws[(tx + {{ j * across }}u) * {{ stride }}u + cc * 2u];
+      let b{{ j }} = ws[(tx + {{ j * across }}u) * {{ stride }}u + cc * 2u + 1u];
+      let d{{ j }} = wd[cc * {{ bn }}u + tx + {{ j * across }}u];
+      # if low
+      let low{{ j }} = wm[cc * {{ bn }}u + tx + {{ j * across }}u];
+      # endif
+      # endfor
+      # for i in range(tm)
+      {
+        let a = xs[(ty + {{ i * down }}u) * {{ stride }}u + cc * 2u];
+        let b = xs[(ty + {{ i * down }}u) * {{ stride }}u + cc * 2u + 1u];
+        let d = xd[cc * {{ bm }}u + ty + {{ i * down }}u];
+        # if low
+        let m = xm[cc * {{ bm }}u + ty + {{ i * down }}u];
+        # endif
+        # for j in range(tn)
+        # if own.halves
+        sum{{ i }}_{{ j }} += d * (d{{ j }}.x * f32(dot16(a{{ j }}, a)) + d{{ j }}.y * f32(dot16(b{{ j }}, b)));
+        # else
+        sum{{ i }}_{{ j }} += d * d{{ j }} * f32(dot16(a{{ j }}, a) + dot16(b{{ j }}, b));
+        # endif
+        # if own.minimum == "halves"
+        sum{{ i }}_{{ j }} -= dot(low{{ j }}, m);
+        # elif low
+        sum{{ i }}_{{ j }} -= low{{ j }} * m;
+        # endif
         # endfor
       }
-    }
-    workgroupBarrier();
-    for (var k = 0u; k < 32u; k++) {
-      let b = vec4<f32>(vec4<{{ t }}>({% for j in range(4) %}ws[k * 64u + tn * 4u + {{ j }}u]{{ ", " if not loop.last }}{% endfor %}));
-      # for i in range(rm)
-      acc{{ i }} += xs[k * {{ bm }}u + tm * {{ rm }}u + {{ i }}u] * b;
       # endfor
     }
+    # else
+    for (var k4 = 0u; k4 < {{ 8 * chunks }}u; k4++) {
+      # for j in range(tn)
+      let w{{ j }} = ws[place(tx + {{ j * across }}u, k4)];
+      # endfor
+      # for i in range(tm)
+      {
+        let v = xs[place(ty + {{ i * down }}u, k4)];
+        # for j in range(tn)
+        sum{{ i }}_{{ j }} += dot(w{{ j }}, v);
+        # endfor
+      }
+      # endfor
+    }
+    # endif
     workgroupBarrier();
   }
-  # for i in range(rm)
-  # if act
-  store(m0 + tm * {{ rm }}u + {{ i }}u, n0 + tn * 2u, acc{{ i }}.x, acc{{ i }}.y);
-  store(m0 + tm * {{ rm }}u + {{ i }}u, n0 + tn * 2u + 1u, acc{{ i }}.z, acc{{ i }}.w);
+  # for i in range(tm)
+  # if splits > 1
+  # for j in range(tn)
+  out[((wid.z * n_wg.y + wid.y) * {{ bm }}u + ty + {{ i * down }}u) * n_wg.x * {{ bn }}u + wid.x * {{ bn }}u + tx + {{ j * across }}u] = sum{{ i }}_{{ j }};
+  # endfor
+  # elif act
+  # for j in range(0, tn, 2)
+  store(m0 + ty + {{ i * down }}u, wid.x * {{ bn // 2 }}u + tx + {{ j // 2 * across }}u, sum{{ i }}_{{ j }}, sum{{ i }}_{{ j + 1 }});
+  # endfor
   # else
-  # for j in range(4)
-  store(m0 + tm * {{ rm }}u + {{ i }}u, n0 + tn * 4u + {{ j }}u, acc{{ i }}.{{ "xyzw"[j] }}, 0.0);
+  # for j in range(tn)
+  store(m0 + ty + {{ i * down }}u, wid.x * {{ bn }}u + tx + {{ j * across }}u, sum{{ i }}_{{ j }}, 0.0);
   # endfor
   # endif
   # endfor

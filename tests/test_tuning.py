@@ -5,11 +5,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny
 
 from realm_web import tuning
+from realm_web.__main__ import main
 from realm_web.errors import FormatError
 from realm_web.ops.matrices import Matvec, choose_matvec, product_key
 from realm_web.quants import FORMATS
+from realm_web.runtime import adapters
 from realm_web.runtime.adapters import open_device
 from realm_web.tensor import Weight
 
@@ -129,3 +132,37 @@ def test_a_software_device_measures_nothing(device, tmp_path):
     device.info = replace(device.info, adapter_type="CPU")
     assert asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path / "none"))) == []
     assert not (tmp_path / "none").exists()
+
+
+def test_the_command_measures_again_and_prints_every_variant(device, tmp_path, monkeypatch, capsys):
+    model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=256, quant="Q4_K")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(adapters, "open_device", lambda name: _given(device))
+    monkeypatch.setattr(device, "close", lambda: None)
+    monkeypatch.setattr(tuning, "ROWS", (1,))
+    assert main(["tune", str(model.path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["adapter"] == device.name
+    products = {timing["product"] for timing in report["timings"]}
+    assert sum(timing["chosen"] for timing in report["timings"]) == len(products) == len(device.tuned)
+    assert main(["tune", str(model.path)]) == 0
+    assert capsys.readouterr().out.count("chosen") == len(products)
+
+
+def test_the_command_refuses_a_software_device(tmp_path, capsys):
+    assert (
+        main(
+            [
+                "tune",
+                str(tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=256, quant="Q4_K").path),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
+    assert "no variants to measure" in capsys.readouterr().err
+
+
+async def _given(device):
+    return device

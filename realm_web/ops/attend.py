@@ -58,11 +58,11 @@ def contexts(device: Device, longest: int) -> list[int]:
 
 def query_tile(device: Device, group: int, head_dim: int) -> int:
     """Rows of a tile in `attention_tiles`, where `group` query heads share a kv head."""
-    queries = _tile_shape(device, head_dim)["tm"] * _tile_shape(device, head_dim)["mr"]
-    return queries // _divisor(group, queries)
+    queries = tile_shape(device, head_dim)["tm"] * tile_shape(device, head_dim)["mr"]
+    return queries // divisor(group, queries)
 
 
-def attend(
+def attention(
     r: Recorder,
     qkv: Tensor,
     rope: Rope,
@@ -104,8 +104,8 @@ def attend(
         return
     # rows of sequences that decode among prompts: a tile of one row would be slow where its context is long
     apart = r.n_seqs > 1 and not r.device.info.is_cpu
-    tile = _tile_shape(r.device, head_dim)
-    nq = _divisor(n_heads // n_kv, tile["tm"] * tile["mr"] // r.qt)
+    tile = tile_shape(r.device, head_dim)
+    nq = divisor(n_heads // n_kv, tile["tm"] * tile["mr"] // r.qt)
     kernel = r.device.kernel(
         "attention_tiles", **shape, **shown, **tile, sinks=sinks is not None, skip=apart, qt=r.qt, nq=nq,
         subgroup=r.device.subgroup_size,
@@ -122,7 +122,7 @@ def _rows(
 ) -> None:
     """Attention by rows, their contexts split where they may be long."""
     n_heads, head_dim, single = consts["n_heads"], consts["head_dim"], consts["rows"] == "single"
-    shape = _row_shape(r.device, n_heads // consts["n_kv"], head_dim)
+    shape = row_shape(r.device, n_heads // consts["n_kv"], head_dim)
     n, grid_rows = (r.n_seqs, _max_tiles(r)) if single else (r.n_rows, r.n_rows)
     splits, share = _splits(r, n * n_heads // shape["nq"], consts["window"], consts["block_size"])
     extra = () if sinks is None else (sinks,)
@@ -155,35 +155,38 @@ def _splits(r: Recorder, workgroups: int, window: int, block_size: int) -> tuple
     return min(MAX_SPLITS, -(-span // share)), share
 
 
-def _row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
+def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
     """The variant of `attention`: query heads, threads and keys at a time, by registers and memory."""
     subgroup = device.subgroup_size
     lanes = min(1 << (head_dim // 8).bit_length() - 1, 32)
     if subgroup < lanes:  # without subgroups sums go through workgroup memory
         lanes = min(lanes, subgroup if subgroup >= 4 else 8)
-    nq = _divisor(group, min(8, max(1, 64 * lanes // head_dim)))
-    shape = {"nq": nq, "wg": 128, "lanes": lanes, "batch": 4, "chunk": 128, "subgroup": subgroup}
-    if device.info.is_cpu:
-        shape |= {"wg": 64, "batch": 2, "chunk": 64}
-    places = shape["wg"] // lanes
-    shape["chunk"] = max(shape["chunk"], shape["batch"] * places)
-    used = nq * (head_dim + shape["chunk"] + 33) + 2 * head_dim + 64
-    room = min(ROOM, device.limits.max_shared // 4 - used)
-    if subgroup < lanes:
-        while shape["batch"] > 1 and shape["batch"] * nq * lanes * (places + 1) > room:
-            shape["batch"] //= 2
-    return shape | {"room": room}
+    wg, most_keys, chunk = (64, 2, 64) if device.info.is_cpu else (128, 4, 128)
+    nq = min(8, max(1, 64 * lanes // head_dim))
+    while True:
+        nq = divisor(group, nq)
+        for batch in range(most_keys, 0, -1):
+            here = max(chunk, batch * wg // lanes)
+            room = device.limits.max_shared // 4 - nq * (head_dim + here + 41) - 2 * head_dim - 8
+            sums = 0 if subgroup >= lanes else batch * nq * lanes * (wg // lanes + 1)
+            if here % (batch * wg // lanes) == 0 and room >= max(sums, nq * head_dim):
+                return {
+                    "nq": nq, "wg": wg, "lanes": lanes, "batch": batch, "chunk": here,
+                    "room": min(ROOM, room), "subgroup": subgroup,
+                }  # fmt: skip
+        nq -= 1
 
 
-def _tile_shape(device: Device, head_dim: int) -> dict[str, int]:
+def tile_shape(device: Device, head_dim: int) -> dict[str, int]:
     """The variant of `attention_tiles`: tm * mr queries, 8 * nr keys, values of `keys` keys at a time."""
     mr = 4 if head_dim <= 128 else 2 if head_dim <= 256 else 1
-    small = device.limits.max_shared < 32768 or device.info.is_cpu
     keys = 16 if head_dim <= 128 else 8 if head_dim <= 256 else 4
-    return {"tm": 8 if small else 16, "mr": mr, "nr": 4, "keys": max(4, keys // 2) if small else keys}
+    if device.limits.max_shared < 32768 or device.info.is_cpu:
+        return {"tm": 8, "mr": mr, "nr": 4, "keys": max(4, keys // 2)}
+    return {"tm": 16, "mr": mr, "nr": 8 if device.limits.max_shared >= 40960 else 4, "keys": keys}
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is not above `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 

@@ -36,6 +36,7 @@ var<workgroup> record: vec4<u32>;
 
 var<workgroup> tally: array<atomic<u32>, {{ places }}>;
 var<workgroup> found: vec2<u32>;
+var<workgroup> total: u32;  // of all tallies
 var<workgroup> last: atomic<u32>;
 
 struct Open {  // the tokens in the bins that a filter cuts through
@@ -62,8 +63,8 @@ fn clear(n: u32, lid: u32) {
   workgroupBarrier();
 }
 
-// The first of n tallies at which their sum reaches `goal` (n where none does), the sum before it, and that of all.
-fn reach(goal: u32, n: u32, lid: u32) -> vec3<u32> {
+// The first of n tallies at which their sum reaches `goal` (n where none does), and the sum before it.
+fn reach(goal: u32, n: u32, lid: u32) -> vec2<u32> {
   if (lid == 0u) {
     found = vec2<u32>(n, 0u);
   }
@@ -76,6 +77,9 @@ fn reach(goal: u32, n: u32, lid: u32) -> vec3<u32> {
   }
   let sum = scan(vec2<u32>(here, 0u), lid);
   var before = sum.x;
+  if (lid == 0u) {
+    total = sum.z;
+  }
   if (before < goal && before + here >= goal) {
     for (var i = lid * each; i < end; i++) {
       let next = before + atomicLoad(&tally[i]);
@@ -86,7 +90,7 @@ fn reach(goal: u32, n: u32, lid: u32) -> vec3<u32> {
       before = next;
     }
   }
-  return vec3<u32>(workgroupUniformLoad(&found), sum.z);
+  return workgroupUniformLoad(&found);
 }
 
 // The largest key from `floor` on at which the tokens of a bin with this key and above weigh at least `goal`: by count,
@@ -183,7 +187,8 @@ fn drawn(s: u32, rule: Rule, top_k: u32, top_p: f32, random: u32, lid: u32) -> u
   }
   workgroupBarrier();
   weigh(rule, open, from_bin, least, false, lid);
-  let point = high_product(random, reach(0xffffffffu, {{ parts }}u, lid).z);
+  reach(0xffffffffu, {{ parts }}u, lid);
+  let point = high_product(random, total);
   let part = reach(point + 1u, {{ parts }}u, lid);
   let start = min(part.x, {{ parts - 1 }}u) * {{ slice }}u;
   let n = min({{ slice }}u, {{ n_valid }}u - start);

@@ -32,6 +32,12 @@ def rope_frequencies(md: dict, arch: str, dim: int, divisors: np.ndarray | None)
 
 def logits(weights: dict[str, np.ndarray], md: dict, tokens: Sequence[int]) -> np.ndarray:
     """Logits after every token: (n_tokens, n_vocab)."""
+    output = weights.get("output.weight", weights["token_embd.weight"])
+    return hidden(weights, md, tokens) @ np.asarray(output, np.float64).T
+
+
+def hidden(weights: dict[str, np.ndarray], md: dict, tokens: Sequence[int]) -> np.ndarray:
+    """Final hidden states, normed: (n_tokens, dim)."""
     arch = md["general.architecture"]
 
     def key(name: str):
@@ -77,5 +83,4 @@ def logits(weights: dict[str, np.ndarray], md: dict, tokens: Sequence[int]) -> n
         h = norm(x, at + "ffn_norm.weight")
         gate = linear(h, at + "ffn_gate")
         x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, at + "ffn_up"), at + "ffn_down")
-    x = norm(x, "output_norm.weight")
-    return x @ w.get("output.weight", w["token_embd.weight"]).T
+    return norm(x, "output_norm.weight")

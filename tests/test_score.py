@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference
 from kernel_cases import normal, packed
+from tiny import write_tiny
 
+from realm_web.engine import Engine
 from realm_web.ops import Recorder, pool, row_scores, score
 from realm_web.quants import FORMATS
 from realm_web.runtime.adapters import open_device
@@ -172,3 +175,36 @@ def test_a_pooled_prompt_is_the_same_in_one_step_or_in_several(device, pieces):
         done += n
     for place, which in enumerate(order, 1):
         assert got[place] == pytest.approx(wanted[which], abs=2e-5)
+
+
+@pytest.mark.parametrize("max_rows", [512, 8])
+def test_a_text_is_scored_and_embedded_as_exact_arithmetic_says(tmp_path, max_rows):
+    tiny = write_tiny(tmp_path / "tiny.gguf", context=64)
+    ids = np.random.default_rng(6).integers(0, 256, 40).tolist()
+
+    async def ask():
+        engine = await Engine.open(tiny.path, device="cpu", max_rows=max_rows)
+        found = await asyncio.gather(
+            engine.score(ids),
+            engine.score(ids, first=21),
+            *(engine.embed(ids, pooling=kind, normalize=False) for kind in ("mean", "last", "cls")),
+            engine.embed(ids),
+        )
+        await engine.close()
+        return found
+
+    scores, half, *embeddings, unit = asyncio.run(ask())
+    logits = reference.logits(tiny.weights, tiny.metadata, ids)
+    wanted = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    # float32, but for keys and values in float16 (11 bits)
+    assert scores.token_ids == tuple(ids) and scores.logprobs[0] is None
+    assert scores.logprobs[1:] == pytest.approx(
+        [wanted[i, token] for i, token in enumerate(ids[1:])], abs=3e-3
+    )
+    assert half.logprobs[:21] == (None,) * 21
+    assert half.logprobs[21:] == pytest.approx(scores.logprobs[21:], abs=1e-5)
+    states = reference.hidden(tiny.weights, tiny.metadata, ids)
+    for got, exact in zip(embeddings, (states.mean(axis=0), states[-1], states[0]), strict=True):
+        assert list(got) == pytest.approx(exact, abs=3e-3)
+    mean = states.mean(axis=0)
+    assert list(unit) == pytest.approx(mean / np.linalg.norm(mean), abs=3e-3)

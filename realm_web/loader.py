@@ -6,24 +6,29 @@ repacks it. Knows no file system and no network; `sources.py` and the page provi
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from realm_web.errors import FormatError, UnsupportedError
 from realm_web.gguf import GGUFFile, NeedMoreBytes, TensorInfo, parse
 from realm_web.models.transformer import Transformer
 from realm_web.quants import CHUNK, FORMATS
-from realm_web.runtime.device import Device, Kernel
+from realm_web.runtime.device import Device, Kernel, Readback
 from realm_web.tensor import Shard, Target, Tensor, Weight
 
 STAGING_BYTES = 8 << 20
 SPARE_BYTES = 64  # the repack kernels look a word beyond their block
 GRANULE = 16  # chunks: 512 weights, whole blocks and whole words in every format
 PARAMS = 8  # words of parameters of the repack kernel
-IN_QUEUE = 8  # staged chunks between two waits, so that the driver's own copies stay few
+IN_QUEUE = 8  # staged chunks that the device may be behind, so that the driver's own copies stay few
+READS = 3  # under way at a time
 
 
 class Source(Protocol):
@@ -125,46 +130,84 @@ class Loader:
 
     async def load(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read every tensor in file order. The repack kernels must be compiled before."""
-        device = self._device
         names = sorted(self._model.targets, key=lambda name: self._gguf.tensors[name].offset)
         total = sum(self._gguf.tensors[name].nbytes for name in names)
-        done = queued = 0
+        done = 0
+        queued: deque[Readback] = deque()  # one for each chunk that the device may still be at
+        async with aclosing(_read_ahead(self._parts(names), READS)) as parts:
+            async for part, data in parts:
+                if part.piece is None:
+                    self._write_vector(data, part.target)
+                else:
+                    queued.append(self._place(part.piece, data, part.info.format.name))
+                    if len(queued) > IN_QUEUE:
+                        await queued.popleft()
+                done += part.nbytes
+                if on_progress:
+                    on_progress(done, total)
+        await self._device.synchronize()
+        self._device.free(self._staging)
+        self._device.free(self._params)
+
+    def _parts(self, names: Iterable[str]) -> Iterator[_Part]:
+        """What is read in one go: a vector, or a piece of a matrix."""
         for name in names:
             info, target = self._gguf.tensors[name], self._model.targets[name]
             if isinstance(target.to, Tensor):
-                await self._load_vector(info, target)
-                done += info.nbytes
+                yield _Part(info, target, None, partial(read_vector, self._source, info))
                 continue
             for piece in pieces(info, target, self._staging_bytes):
-                data = self._source.read(piece.offset, -(-piece.nbytes // 4) * 4)
-                await self._place(piece, data, info.format.name)
-                done, queued = done + piece.nbytes, queued + 1
-                if queued % IN_QUEUE == 0:
-                    await device.synchronize()
-                if on_progress:
-                    on_progress(done, total)
-        await device.synchronize()
-        device.free(self._staging)
-        device.free(self._params)
-        if on_progress:
-            on_progress(total, total)
+                nbytes = -(-piece.nbytes // 4) * 4
+                yield _Part(info, target, piece, partial(self._source.read, piece.offset, nbytes))
 
-    async def _place(self, piece: Piece, data: Awaitable[Any], fmt: str) -> None:
+    def _place(self, piece: Piece, data: Any, fmt: str) -> Readback:
+        """Enqueue one piece; what is returned arrives when the staging buffer was repacked."""
         device = self._device
-        device.write(self._staging, await data)
+        device.write(self._staging, data)
         device.write(self._params, piece.params)
         program = device.program("repack")
         parts = piece.shard.parts[: len(FORMATS[fmt].parts)]  # not the grid, which is there already
         views = (device.view(self._staging), device.view(self._params), *parts)
         program.add(self._kernels[fmt], views, (-(-piece.n_chunks // 64),))
-        device.submit(program)
+        program.readback = device.view(self._params, 0, 16)
+        return device.submit(program)
 
-    async def _load_vector(self, info: TensorInfo, target: Target) -> None:
-        values = await read_vector(self._source, info)
+    def _write_vector(self, values: array, target: Target) -> None:
         run = target.run or len(values)
         for i, start in enumerate(range(0, len(values), run)):
             at = target.first + i * target.every
             self._device.write(target.to.buffer, values[start : start + run].tobytes(), 4 * at)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One read, and where its bytes go."""
+
+    info: TensorInfo
+    target: Target
+    piece: Piece | None  # of a matrix, or None: a whole vector
+    read: Callable[[], Awaitable[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.nbytes if self.piece else self.info.nbytes
+
+
+async def _read_ahead(parts: Iterable[_Part], n: int) -> AsyncIterator[tuple[_Part, Any]]:
+    """Each part with what was read, in order, while the next ones are on their way."""
+    waiting: deque[tuple[_Part, asyncio.Future]] = deque()
+    try:
+        for part in parts:
+            waiting.append((part, asyncio.ensure_future(part.read())))
+            if len(waiting) == n:
+                part, read = waiting.popleft()
+                yield part, await read
+        while waiting:
+            part, read = waiting.popleft()
+            yield part, await read
+    finally:
+        for _, read in waiting:
+            read.cancel()
 
 
 async def read_vector(source: Source, info: TensorInfo) -> array:

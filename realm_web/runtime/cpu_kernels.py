@@ -68,6 +68,9 @@ class Views:
     def u32(self, *shape: int) -> np.ndarray:
         return self._typed(np.uint32, shape)
 
+    def f16(self, *shape: int) -> np.ndarray:
+        return self._typed(np.float16, shape)
+
     def bytes(self) -> np.ndarray:
         return next(self._next)
 

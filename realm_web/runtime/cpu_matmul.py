@@ -9,6 +9,8 @@ import numpy as np
 from realm_web.quants import activation_words
 from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views, from_bytes, softcapped
 
+WEIGHTS_TIMES = np.float32(64)  # what matmul_units multiplies its weights with
+
 
 def matmul(c: dict[str, Any], views: list[np.ndarray]) -> None:
     v, k = Views(views), c["k"]
@@ -24,25 +26,25 @@ def matmul(c: dict[str, Any], views: list[np.ndarray]) -> None:
 
 def half_rows(c: dict[str, Any], views: list[np.ndarray]) -> None:
     v, k = Views(views), c["k"]
-    step, x, y, scale = v.u32(), v.f32(-1, k), v.kv("f16", k // 8, c["rows"], 8), v.f32()
+    step, x, y, scale = v.u32(), v.f32(-1, k), v.f16(k // 8, c["rows"], 8), v.f32()
     m = _n_rows(c, step)
     top = np.abs(x[:m]).max(axis=1).view(np.uint32) & 0x7F800000
-    scale[:m] = np.clip(top, 0x01000000, 0x7E000000).astype(np.uint32).view(np.float32)
-    y[:, :m] = (x[:m] / scale[:m, None]).reshape(m, k // 8, 8).transpose(1, 0, 2)
+    power = np.clip(top, 0x08000000, 0x7E000000).astype(np.uint32).view(np.float32)
+    scale[:m] = power / WEIGHTS_TIMES
+    y[:, :m] = _swapped(x[:m] / power[:, None]).reshape(m, k // 8, 8).transpose(1, 0, 2)
 
 
 def matmul_units(c: dict[str, Any], views: list[np.ndarray]) -> None:
-    """The rounding of x and of the weights to float16 is the kernel's own."""
+    """With the weights as they are: the kernel rounds them to float16."""
     v, k = Views(views), c["k"]
-    step, x, scale = v.u32(), v.kv("f16", k // 8, c["rows"], 8), v.f32()
+    step, x, scale = v.u32(), v.f16(k // 8, c["rows"], 8), v.f32()
     weight = v.weight(c["fmt"], _n_weights(c), k)
     m = _n_rows(c, step)
-    x = x[:, :m].transpose(1, 0, 2).reshape(m, k).astype(np.float32)
-    rows = weight.rows(0, weight.n).astype(np.float16).astype(np.float32)
+    x = WEIGHTS_TIMES * _swapped(x[:, :m].transpose(1, 0, 2).reshape(m, k).astype(np.float32))
     if c["splits"] == 1:
-        _store(c, v, x @ rows.T * scale[:m, None])
+        _store(c, v, weight.product(x) * scale[:m, None])
     else:
-        _store_shares(c, v, x, rows, 16)
+        _store_shares(c, v, x, weight.rows(0, weight.n), 16)
 
 
 def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
@@ -57,6 +59,11 @@ def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
 
 
 TWINS: dict[str, Twin] = {twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_sum)}
+
+
+def _swapped(x: np.ndarray) -> np.ndarray:
+    """Of every four values of a row the second and the third change places."""
+    return x.reshape(len(x), -1, 4)[:, :, [0, 2, 1, 3]].reshape(x.shape)
 
 
 def _n_rows(c: dict[str, Any], step: np.ndarray) -> int:

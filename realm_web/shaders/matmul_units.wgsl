@@ -1,13 +1,13 @@
 // out[m, offset + n] = epilogue(sum_k w[n, k] * x[m, k]) for many rows m, on matrix units: f16 operands, f32 sums.
-// A workgroup makes bn x bm outputs; the weights of `chunks` chunks at a time are decoded into workgroup memory, the
-// rows of x are copied there, transposed (drivers load a right operand well only by rows); each subgroup of 32 threads
-// keeps sn x sm sums in fragments.
+// A workgroup makes bn x bm outputs; `chunks` chunks at a time of its weights are decoded into workgroup memory, and its rows
+// of x copied there, transposed: the drivers that were measured load a right operand well only by rows. Each subgroup
+// of 32 threads keeps sn x sm sums in fragments.
 // step;  x (k / 8, rows, 8) f16 and scale (n_rows,) f32 from half_rows;  weight (n, k) or (2n, k) with act;
 // splits == 1: [bias (out_stride,) f32];  out (n_rows, out_stride) f32, which is added to with `residual`;
 // splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
 // With act a tile's rows of weights are 16 gate rows, their 16 up rows, the next 16 gate rows...
 // constants: fmt, k, n, rows (of x at most), act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
-// tuning: units, right (which is the right operand: w or x), bm, bn, sm, sn, chunks, splits
+// tuning: units, bm, bn, sm, sn, chunks, splits
 // grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/units.wgsl" as unit
@@ -15,26 +15,26 @@
 # set count = st.N_SEQS if per_seq else st.N_ROWS
 # set subgroups = (bm // sm) * (bn // sn)
 # set wg = 32 * subgroups
-# set w_stride = (bn if right == "w" else 32 * chunks) + 8
-# set x_stride = (32 * chunks if right == "w" else bm) + 8
+# set w_stride = 32 * chunks + 8
+# set x_stride = bm + 8
 # set parts = 2 if act else 1
 # set share = k // 32 // splits
 # set n_w = (bn * chunks + wg - 1) // wg
 # set n_x = (bm * chunks * 4 + wg - 1) // wg
-# set ahead = own.ints is defined
 {{ unit.enable(units) }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>") }}
 {{ bind("x_scale", "f32") }}
 {{ weight("w", fmt) }}
+{{ unit.halves("w", own) }}
 # if splits == 1
 {{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count) }}
 var<workgroup> tile: array<f32, {{ 256 * parts * subgroups }}>;
 # else
 {{ bind("out", "f32", "read_write") }}
 # endif
-var<workgroup> ws: array<f16, {{ (32 * chunks if right == "w" else bn) * w_stride }}>;  // (n, k), or as right operand (k, n)
-var<workgroup> xs: array<f16, {{ (bm if right == "w" else 32 * chunks) * x_stride }}>;  // (m, k), or as right operand (k, m)
+var<workgroup> ws: array<f16, {{ bn * w_stride }}>;  // (n, k)
+var<workgroup> xs: array<f16, {{ 32 * chunks * x_stride }}>;  // (k, m)
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -46,15 +46,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   let sn0 = lid / 32u % {{ bn // sn }}u * {{ sn }}u;
   let sm0 = lid / 32u / {{ bn // sn }}u * {{ sm }}u;
   # for i in range(n_w)
-  # set r = "((lid + %du) %% %du)" % (i * wg, bn)
+  # set r = "((lid + %du) / %du)" % (i * wg, chunks)
   # if act
-  let w{{ i }} = (min((wid.x * {{ bn // 32 }}u + {{ r }} / 32u) * 16u + {{ r }} % 16u, {{ n - 1 }}u) + {{ r }} / 16u % 2u * {{ n }}u) * {{ k // 32 }}u
-    + (lid + {{ i * wg }}u) / {{ bn }}u;
+  let n{{ i }} = min((wid.x * {{ bn // 32 }}u + {{ r }} / 32u) * 16u + {{ r }} % 16u, {{ n - 1 }}u) + {{ r }} / 16u % 2u * {{ n }}u;
   # else
-  let w{{ i }} = min(wid.x * {{ bn }}u + {{ r }}, {{ n - 1 }}u) * {{ k // 32 }}u + (lid + {{ i * wg }}u) / {{ bn }}u;
+  let n{{ i }} = min(wid.x * {{ bn }}u + {{ r }}, {{ n - 1 }}u);
   # endif
+  let w{{ i }} = n{{ i }} * {{ k // 32 }}u + (lid + {{ i * wg }}u) % {{ chunks }}u;
   # endfor
-  {# eight values of x at a time: neighbouring threads have neighbouring rows, so that their stores hit other banks #}
+  {# Eight values of x at a time; neighbouring threads have neighbouring rows, so that their stores hit other banks. #}
   # for i in range(n_x)
   # set t = "(lid + %du)" % (i * wg)
   let x{{ i }} = {{ t }} / {{ bm }}u * {{ rows }}u + min(m0 + {{ t }} % {{ bm }}u, last_row);
@@ -65,11 +65,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endfor
   # endfor
   let begin = wid.z * {{ share }}u;
-  # if ahead
   # for i in range(n_w)
-  var raw{{ i }} = w_fetch(w{{ i }} + begin);
+  var code{{ i }} = w_code(w{{ i }} + begin);
   # endfor
-  # endif
   # for i in range(n_x)
   var row{{ i }} = x[x{{ i }} + begin * {{ 4 * rows }}u];
   # endfor
@@ -77,20 +75,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     # for i in range(n_w)
     # set t = "(lid + %du)" % (i * wg)
     {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
-      # if ahead
-      let v = w_floats(w_ints(raw{{ i }}, w{{ i }} + c));
-      # else
-      let v = w_decode(w{{ i }} + c);
-      # endif
-      # if right == "w"
-      let at = {{ t }} / {{ bn }}u * {{ 32 * w_stride }}u + {{ t }} % {{ bn }}u;
-      # else
-      let at = {{ t }} % {{ bn }}u * {{ w_stride }}u + {{ t }} / {{ bn }}u * 32u;
-      # endif
+      let v = w_halves(code{{ i }}, w{{ i }} + c);
+      let at = {{ t }} / {{ chunks }}u * {{ w_stride }}u + {{ t }} % {{ chunks }}u * 32u;
       # for e in range(8)
-      let h{{ e }} = vec4<f16>(v[{{ e }}]);
-      # for f in "xyzw"
-      ws[at + {{ (4 * e + loop.index0) * (w_stride if right == "w" else 1) }}u] = h{{ e }}.{{ f }};
+      # for f in range(4)
+      ws[at + {{ 4 * e + f }}u] = v[{{ e }}][{{ f }}];
       # endfor
       # endfor
     }
@@ -98,46 +87,25 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     # for i in range(n_x)
     # set t = "(lid + %du)" % (i * wg)
     {{ "if (%s < %du) " % (t, bm * chunks * 4) if (i + 1) * wg > bm * chunks * 4 }}{
-      # if right == "w"
-      let at = {{ t }} % {{ bm }}u * {{ x_stride }}u + {{ t }} / {{ bm }}u * 8u;
-      # else
       let at = {{ t }} / {{ bm }}u * {{ 8 * x_stride }}u + {{ t }} % {{ bm }}u;
-      # endif
       # for e in "xyzw"
       let h{{ e }} = bitcast<vec2<f16>>(row{{ i }}.{{ e }});
-      # set step = 1 if right == "w" else x_stride
-      xs[at + {{ 2 * loop.index0 * step }}u] = h{{ e }}.x;
-      xs[at + {{ (2 * loop.index0 + 1) * step }}u] = h{{ e }}.y;
+      xs[at + {{ 2 * loop.index0 * x_stride }}u] = h{{ e }}.x;
+      xs[at + {{ (2 * loop.index0 + 1) * x_stride }}u] = h{{ e }}.y;
       # endfor
     }
     # endfor
     workgroupBarrier();
     // the next chunks are on their way while these are worked on; after the last come the last again
     let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
-    # if ahead
     # for i in range(n_w)
-    raw{{ i }} = w_fetch(w{{ i }} + next);
+    code{{ i }} = w_code(w{{ i }} + next);
     # endfor
-    # endif
     # for i in range(n_x)
     row{{ i }} = x[x{{ i }} + next * {{ 4 * rows }}u];
     # endfor
     # for kk in range(0, 32 * chunks, 16)
     {
-      # if right == "w"
-      # for j in range(sn // 16)
-      let b{{ j }} = {{ unit.load_b(units, "ws", "%du + sn0 + %du" % (kk * w_stride, 16 * j), w_stride) }};
-      # endfor
-      # for i in range(sm // 16)
-      {
-        let a = {{ unit.load_a(units, "xs", "(sm0 + %du) * %du + %du" % (16 * i, x_stride, kk), x_stride) }};
-        # for j in range(sn // 16)
-        # set sum = "sum%d_%d" % (j, i)
-        {{ sum }} = {{ unit.add(units, "a", "b%d" % j, sum) }};
-        # endfor
-      }
-      # endfor
-      # else
       # for i in range(sm // 16)
       let b{{ i }} = {{ unit.load_b(units, "xs", "%du + sm0 + %du" % (kk * x_stride, 16 * i), x_stride) }};
       # endfor
@@ -150,7 +118,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
         # endfor
       }
       # endfor
-      # endif
     }
     # endfor
     workgroupBarrier();
@@ -158,12 +125,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # for i in range(sm // 16)
   # if splits > 1
   # for j in range(sn // 16)
-  {{ unit.keep(units, right == "w", "sum%d_%d" % (j, i), "out", "((wid.z * n_wg.y * %du + m0 + sm0 + %du) * n_wg.x + wid.x) * %du + sn0 + %du" % (bm, 16 * i, bn, 16 * j), "n_wg.x * %d" % bn) }}
+  {{ unit.keep(units, "sum%d_%d" % (j, i), "out", "((wid.z * n_wg.y * %du + m0 + sm0 + %du) * n_wg.x + wid.x) * %du + sn0 + %du" % (bm, 16 * i, bn, 16 * j), "n_wg.x * %d" % bn) }}
   # endfor
   # else
   # for j in range(0, sn // 16, parts)
   # for p in range(parts)
-  {{ unit.keep(units, right == "w", "sum%d_%d" % (j + p, i), "tile", "lid / 32u * %du + %du" % (256 * parts, 256 * p), 16) }}
+  {{ unit.keep(units, "sum%d_%d" % (j + p, i), "tile", "lid / 32u * %du + %du" % (256 * parts, 256 * p), 16) }}
   # endfor
   workgroupBarrier();
   for (var t = lid % 32u; t < 256u; t += 32u) {

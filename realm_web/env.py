@@ -22,7 +22,11 @@ VARIABLES: dict[str, Variable] = {
     variable.name: variable
     for variable in (
         Variable("REALM_DEVICE", "auto", "device when none is asked for: `auto`, `webgpu` or `cpu`"),
-        Variable("REALM_DISABLE", "", "device features not to use, by commas: `subgroups`, `f16`"),
+        Variable(
+            "REALM_DISABLE",
+            "",
+            "device features not to use, by commas: `subgroups`, `f16`, `subgroup_matrix`",
+        ),
         Variable(
             "REALM_DEBUG",
             "0",

@@ -107,10 +107,18 @@ def record(
     r.add(kernel, (r.step, shares, *scale, *after), (-(-consts["n"] // 64), m), f"{kernel.name} {label}")
 
 
+def _has_units(device: Device) -> bool:
+    """Whether `matmul_units` runs there: it takes subgroups of 32 and some room."""
+    roomy = device.limits.max_shared >= 24 << 10
+    return (
+        bool(units_of(device.features)) and "f16" in device.features and device.subgroup_size == 32 and roomy
+    )
+
+
 def _form(r: Recorder, weight: QuantFormat, exact: bool) -> str:
     """How the product takes its activations: "halves" on matrix units, "ints", or "f32"."""
     if exact or not r.ints:
         return "f32"
-    if units_of(r.device.features):
+    if _has_units(r.device):
         return "halves"
     return "ints" if weight.is_quantised else "f32"

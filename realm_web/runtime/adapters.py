@@ -18,7 +18,7 @@ from realm_web.runtime.profiler import Tracer
 KINDS = ("auto", "webgpu", "cpu", "browser")
 PROBE_THREADS = 256
 IN_PAGE = sys.platform == "emscripten"
-OPTIONAL = frozenset({"subgroups", "f16"})  # features that REALM_DISABLE may name
+OPTIONAL = frozenset({"subgroups", "f16", "subgroup_matrix"})  # features that REALM_DISABLE may name
 
 
 def list_adapters() -> list[AdapterInfo]:

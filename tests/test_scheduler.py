@@ -862,6 +862,16 @@ def test_as_many_give_way_as_the_blocks_need_and_nobody_if_that_is_not_enough():
     assert [seq.request_id for seq in step(scheduler, 5, 5, 5)[0].seqs] == ["a", "b", "c"]
 
 
+def test_blocks_that_are_shared_with_those_that_give_way_are_not_won_by_it():
+    scheduler = make_scheduler(n_blocks=8, max_rows=32)
+    scheduler.add(make_request("top", 8, priority=2))
+    scheduler.add(make_request("low", [3] * 8))
+    step(scheduler, 5, 5)
+    scheduler.add(make_request("a", [3] * 21, priority=1))  # four blocks besides those of low, one for top
+    assert [seq.request_id for seq in step(scheduler, 5, 5)[0].seqs] == ["top", "low"]
+    assert scheduler.stats.n_preemptions == 0
+
+
 def test_nobody_gives_way_twice_to_the_same_level():
     scheduler = make_scheduler(max_seqs=1)
     low = make_request("low", [1])

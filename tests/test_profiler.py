@@ -1,6 +1,7 @@
 """Times of kernels on every device; what is timed runs as it would without."""
 
 import asyncio
+import time
 
 import pytest
 from tiny import write_tiny
@@ -45,6 +46,33 @@ def test_every_step_of_a_program_is_timed(tiny_path, device):
     program, seconds = run(tiny_path, device, work)
     assert len(seconds) == len(program.steps)
     assert all(0 <= s < 1 for s in seconds) and sum(seconds) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_whole_program_is_timed_as_one(tiny_path, device):
+    async def work(engine):
+        await tokens(engine, 4)
+        program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
+        time_program = engine.device.time_program
+        return await time_program(program, whole=True), await time_program(program)
+
+    (whole,), each = run(tiny_path, device, work)
+    assert max(each) < whole < 100 * sum(each)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_time_of_the_host_is_split_into_submitting_and_handing_on(tiny_path, device):
+    async def work(engine):
+        plain = await tokens(engine, 12)
+        times = engine.device.trace = profiler.HostTime()
+        start = time.perf_counter()
+        assert await tokens(engine, 12) == plain
+        return times, time.perf_counter() - start
+
+    times, seconds = run(tiny_path, device, work)
+    assert times.n_steps >= 12 and times.last is not None
+    assert times.submitting > 0 and times.handing_on > 0
+    assert times.submitting + times.handing_on < seconds
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,10 +15,16 @@ import js
 from pyodide.code import run_js
 from pyodide.ffi import JsException, JsProxy, create_proxy, to_js
 
-from realm_web.errors import DeviceError
+from realm_web.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 
-FEATURES = {"subgroups": "subgroups", "shader-f16": "f16", "timestamp-query": "timestamps"}
+MATRIX_UNITS = "chromium-experimental-subgroup-matrix"
+FEATURES = {
+    "subgroups": "subgroups",
+    "shader-f16": "f16",
+    "timestamp-query": "timestamps",
+    MATRIX_UNITS: "subgroup_matrix",
+}
 LIMITS = (
     "maxBufferSize",
     "maxStorageBufferBindingSize",
@@ -40,7 +46,10 @@ HELPERS = """
   const staging = new Map();  // size -> unused mappable buffers
   const errors = [];  // of error scopes and of the device, reported at the next read
   device.addEventListener("uncapturederror", (event) => errors.push(event.error.message));
-  device.lost.then((info) => errors.push(`the GPU device was lost: ${info.message || info.reason}`));
+  let lost;  // why, once it is
+  device.lost.then((info) => errors.unshift((lost = `lost: ${info.message || info.reason}`)));
+  // A lost device first breaks off what is mapped and tells of its loss afterwards.
+  const lostOrNot = () => Promise.race([device.lost, new Promise((resolve) => setTimeout(resolve, 200))]);
 
   // Python hears of it by one call: a short result as a text of its bytes, which needs no proxy.
   const readBack = (number, encoder, source, offset, nbytes) => {
@@ -56,8 +65,8 @@ HELPERS = """
       buffer.unmap();
       unused.push(buffer);
       return [data, undefined];  // undefined is None in Python; null is a value of its own there
-    }, (error) => [undefined, error.message]).then(([data, problem]) => {
-      onResult(number, data, problem, errors.length ? errors.splice(0)[0] : undefined);
+    }, (error) => lostOrNot().then(() => [undefined, error.message])).then(([data, problem]) => {
+      onResult(number, data, problem, errors.length ? errors.splice(0)[0] : lost);
     });
   };
 
@@ -66,7 +75,7 @@ HELPERS = """
     alloc(size, label) {
       device.pushErrorScope("out-of-memory");
       const buffer = device.createBuffer({ size, label, usage });
-      device.popErrorScope().then((error) => error && errors.push(`no room for ${label}: ${error.message}`));
+      device.popErrorScope().then((error) => error && errors.push(`no room: ${label}: ${error.message}`));
       return buffer;
     },
     write(buffer, offset, data) {
@@ -103,16 +112,16 @@ HELPERS = """
         binding, resource: { buffer, offset: offsets[binding], size: sizes[binding] },
       })),
     }),
-    record(kernels, groups, grids, source, offset, nbytes, times, timesOffset) {
+    record(kernels, groups, grids, source, offset, nbytes, times, timesOffset, nPasses) {
       const n = groups.length;
       const pipelines = kernels.map((kernel) => kernel.pipeline);
-      const querySet = times && device.createQuerySet({ type: "timestamp", count: 2 * n });
-      const perPass = times ? 1 : n;  // steps of a compute pass: only a pass tells its times
+      const querySet = times && device.createQuerySet({ type: "timestamp", count: 2 * nPasses });
+      const perPass = n / nPasses;  // only a pass tells its times
       return (number) => {
         const encoder = device.createCommandEncoder();
         for (let first = 0; first < n; first += perPass) {
           const pass = encoder.beginComputePass(times ? { timestampWrites: {
-            querySet, beginningOfPassWriteIndex: 2 * first, endOfPassWriteIndex: 2 * first + 1,
+            querySet, beginningOfPassWriteIndex: 2 * first / perPass, endOfPassWriteIndex: 2 * first / perPass + 1,
           } } : undefined);
           for (let i = first; i < first + perPass; i++) {
             if (i === first || pipelines[i] !== pipelines[i - 1]) pass.setPipeline(pipelines[i]);
@@ -121,7 +130,7 @@ HELPERS = """
           }
           pass.end();
         }
-        if (times) encoder.resolveQuerySet(querySet, 0, 2 * n, times, timesOffset);
+        if (times) encoder.resolveQuerySet(querySet, 0, 2 * nPasses, times, timesOffset);
         if (nbytes) readBack(number, encoder, source, offset, nbytes);
         else device.queue.submit([encoder.finish()]);
       };
@@ -139,12 +148,23 @@ async def open_backend() -> BrowserBackend:
     if not adapter:
         raise DeviceError(NO_WEBGPU)
     features = [name for name in FEATURES if adapter.features.has(name)]
+    if MATRIX_UNITS in features and not _has_our_shape(adapter.info):
+        features.remove(MATRIX_UNITS)
     limits = {name: getattr(adapter.limits, name) for name in LIMITS}
     try:
         device = await adapter.requestDevice(_object(requiredFeatures=features, requiredLimits=limits))
     except JsException as error:
         raise DeviceError(f"the browser's GPU device could not be opened: {error.message}") from error
     return BrowserBackend(device, _info(adapter.info, features, limits))
+
+
+def _has_our_shape(info: Any) -> bool:
+    """Whether matrix units take f16 fragments of 16 x 16 and sum in f32 (`shaders/lib/units.wgsl`)."""
+    shapes = [
+        (config.componentType, config.resultComponentType, config.M, config.N, config.K)
+        for config in getattr(info, "subgroupMatrixConfigs", None) or ()
+    ]
+    return ("f16", "f32", 16, 16, 16) in shapes
 
 
 def _object(**fields: Any) -> Any:
@@ -238,7 +258,7 @@ class BrowserBackend:
         kernels = to_js([step.kernel.pipeline for step in steps])
         grids = to_js([n for step in steps for n in step.grid])
         source = (readback.buffer.handle, readback.offset, readback.nbytes) if readback else (None, 0, 0)
-        target = (times.buffer.handle, times.offset) if times else (None, 0)
+        target = (times.buffer.handle, times.offset, times.nbytes // 16) if times else (None, 0, 1)
         replay = self._js.record(kernels, to_js(list(bindings)), grids, *source, *target)
         if readback is None:
             return replay
@@ -278,7 +298,15 @@ class BrowserBackend:
             raise self._error(message)
 
     def _error(self, message: str) -> DeviceError:
-        return DeviceError(f"{self.info.name}: {message}; use a smaller model or context, or reload the page")
+        """What JavaScript noted, told apart by how it begins."""
+        kind, _, rest = message.partition(": ")
+        if kind == "lost":
+            return DeviceLost(f"{self.info.name} was lost: {rest}; reload the page")
+        if kind == "no room":
+            return OutOfDeviceMemory(
+                f"{self.info.name} has no room for {rest}; use a smaller model or context"
+            )
+        return DeviceError(f"{self.info.name}: {message}; reload the page")
 
 
 class Readback:

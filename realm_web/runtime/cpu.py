@@ -92,7 +92,7 @@ class CPUBackend:
     def record(
         self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
     ) -> Replay:
-        clock = times and times.buffer.handle[times.offset :][: 16 * len(steps)].view(np.uint64)
+        clock = times and times.buffer.handle[times.offset :][: times.nbytes].view(np.uint64)
         calls = [
             (step.kernel.pipeline, step.kernel.consts, b) for step, b in zip(steps, bindings, strict=True)
         ]
@@ -104,7 +104,9 @@ class CPUBackend:
                     began = time.perf_counter_ns()
                     function(consts, arrays)
                     if clock is not None:
-                        clock[2 * i : 2 * i + 2] = began, time.perf_counter_ns()
+                        pair = i if len(clock) > 2 else 0
+                        clock[2 * pair] = began if pair == i else clock[0]
+                        clock[2 * pair + 1] = time.perf_counter_ns()
             if readback is not None:
                 handle, start = readback.buffer.handle, readback.offset
                 return Ready(handle[start : start + readback.nbytes].tobytes())

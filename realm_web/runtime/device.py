@@ -165,7 +165,8 @@ class Backend(Protocol):
         """One callable that enqueues every step, and the copy of `readback` if there is one.
 
         With a readback it returns those bytes as a `Readback`, under way when it is returned. With `times`,
-        every run leaves there when each step began and ended: u64 (n_steps, 2), in units of `tick`.
+        every run leaves there when it began and ended: u64 (n_steps, 2) of each step or (1, 2) of all
+        together, in units of `tick`.
         """
 
     async def synchronize(self) -> None:
@@ -280,11 +281,14 @@ class Device:
         bindings = [self._binding(step) for step in program.steps]
         return self.backend.record(program.steps, bindings, program.readback, times)
 
-    async def time_program(self, program: Program, runs: int = 16) -> list[float]:
-        """Seconds that each step of a program takes on the device, the mean of some runs of the whole."""
+    async def time_program(self, program: Program, runs: int = 16, *, whole: bool = False) -> list[float]:
+        """Seconds that each step of a program takes on the device, the mean of some runs of the whole.
+
+        `whole`: all steps together, as one number.
+        """
         from realm_web.runtime import profiler
 
-        return await profiler.time_program(self, program, runs)
+        return await profiler.time_program(self, program, runs, whole=whole)
 
     async def synchronize(self) -> None:
         await self.backend.synchronize()

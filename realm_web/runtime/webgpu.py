@@ -167,7 +167,8 @@ class WebGPUBackend:
         if readback is not None:
             source = readback.buffer.handle._internal, readback.offset, readback.nbytes
         if times is not None:
-            queries = Queries(self.raw_device, len(calls), times.buffer.handle._internal, times.offset, libf)
+            n = times.nbytes // 16
+            queries = Queries(self.raw_device, n, times.buffer.handle._internal, times.offset, libf)
         keep = [view.buffer.handle for view in (readback, times) if view is not None]
         keep += [*bindings, *(step.kernel.pipeline for step in steps)]
         return Recording(self, self._ahead, calls, keep, source, queries)

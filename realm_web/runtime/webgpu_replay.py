@@ -202,7 +202,7 @@ def _work(jobs: SimpleQueue) -> None:
 
 
 class Queries:
-    """Two timestamps for each of `n` steps, resolved into a buffer: u64 ticks (n, 2), begin and end."""
+    """Two timestamps for each of `n` passes, resolved into a buffer: u64 ticks (n, 2), begin and end."""
 
     def __init__(self, raw_device: Any, n: int, target: Any, offset: int, api: Any):
         descriptor = ffi.new("WGPUQuerySetDescriptor *")
@@ -212,17 +212,23 @@ class Queries:
         self._descriptors: list[Any] = []  # with the writes that each points to
 
     def passes(self, calls: Sequence[Call]) -> list[tuple[Sequence[Call], Any]]:
-        """Each call in a pass of its own; every one names its pipeline."""
-        result, last = [], None
-        for i, (pipeline, *rest) in enumerate(calls):
-            last = pipeline if pipeline is not None else last
+        """Each call in a pass of its own, where it must name its pipeline; or all in one."""
+        if self._n == 1:
+            groups = [calls]
+        else:
+            groups, last = [], None
+            for pipeline, *rest in calls:
+                last = pipeline if pipeline is not None else last
+                groups.append([(last, *rest)])
+        result = []
+        for i, group in enumerate(groups):
             writes = ffi.new("WGPUPassTimestampWrites *")
             writes.querySet = self._set
             writes.beginningOfPassWriteIndex, writes.endOfPassWriteIndex = 2 * i, 2 * i + 1
             descriptor = ffi.new("WGPUComputePassDescriptor *")
             descriptor.timestampWrites = writes
             self._descriptors.append((descriptor, writes))
-            result.append(([(last, *rest)], descriptor))
+            result.append((group, descriptor))
         return result
 
     def resolve(self, encoder: Any, api: Any) -> None:

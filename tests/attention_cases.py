@@ -34,7 +34,7 @@ ROWS = (
     (2, 1, 64, 1, [(50, 1), (3, 1)], {"sinks": True, "kv": "f32"}),
     (4, 2, 64, 3, [(0, 9), (200, 1), (100, 5)], {"rows": "single"}),
     (4, 2, 64, 1, [(140, 1), (31, 1)], {"kv": "q8_0"}),
-    (2, 2, 80, 2, [(140, 1), (15, 1)], {"kv": "q8_0", "wg": 128, "chunk": 128}),
+    (2, 2, 80, 2, [(140, 1), (15, 1)], {"kv": "q8_0", "wg": 128}),
 )
 
 # the same, of which the row's own key and value are made in the kernel; and what rotates, neox
@@ -148,7 +148,7 @@ def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]
         "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
         "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", "fused": fused, "rows": "all",
         "splits": splits, "share": 2 * SIZE, "nq": n_heads // n_kv, "wg": 64, "lanes": 8, "batch": 2,
-        "chunk": 64, "room": 1024, "subgroup": subgroup, "st": ST, **more,
+        "room": 1024, "subgroup": subgroup, "st": ST, **more,
     }  # fmt: skip
     consts |= {"sinks": "sinks" in more and splits == 1}
     if fused:

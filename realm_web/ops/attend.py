@@ -136,7 +136,7 @@ def _rows(
         names = ("n_heads", "head_dim", "block_size", "window", "rows", "st")
         kernel = r.device.kernel(
             "attention_merge", **{name: consts[name] for name in names}, splits=splits, share=share,
-            sinks=bool(extra), wg=128,
+            sinks=bool(extra), wg=256,
         )  # fmt: skip
         r.add(kernel, (r.step, parts, *extra, out), (n_heads, grid_rows))
 
@@ -159,21 +159,20 @@ def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
     """The variant of `attention`: query heads, threads and keys at a time, by registers and memory."""
     subgroup = device.subgroup_size
     lanes = min(1 << (head_dim // 8).bit_length() - 1, 32)
-    if subgroup < lanes:  # without subgroups sums go through workgroup memory
-        lanes = min(lanes, subgroup if subgroup >= 4 else 8)
-    wg, most_keys, chunk = (64, 2, 64) if device.info.is_cpu else (128, 4, 128)
+    if subgroup < lanes:
+        lanes = min(lanes, subgroup if subgroup >= 4 else max(4, head_dim // 32))
+    batch, wg = (2, 64) if device.info.is_cpu or not subgroup else (8, 256)
     nq = min(8, max(1, 64 * lanes // head_dim))
     while True:
         nq = divisor(group, nq)
-        for batch in range(most_keys, 0, -1):
-            here = max(chunk, batch * wg // lanes)
-            room = device.limits.max_shared // 4 - nq * (head_dim + here + 41) - 2 * head_dim - 8
-            sums = 0 if subgroup >= lanes else batch * nq * lanes * (wg // lanes + 1)
-            if here % (batch * wg // lanes) == 0 and room >= max(sums, nq * head_dim):
-                return {
-                    "nq": nq, "wg": wg, "lanes": lanes, "batch": batch, "chunk": here,
-                    "room": min(ROOM, room), "subgroup": subgroup,
-                }  # fmt: skip
+        places = wg // lanes
+        room = device.limits.max_shared // 4 - nq * (head_dim + batch * places + 43) - 2 * head_dim - 8
+        sums = 0 if subgroup >= lanes else batch * nq * lanes * (places + 1)
+        if room >= max(sums, nq * head_dim):
+            return {
+                "nq": nq, "wg": wg, "lanes": lanes, "batch": batch, "room": min(ROOM, room),
+                "subgroup": subgroup,
+            }  # fmt: skip
         nq -= 1
 
 

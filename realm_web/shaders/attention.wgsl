@@ -1,6 +1,7 @@
 // Causal attention of single rows over the paged KV cache with online softmax (Dao et al., FlashAttention; Flash-Decoding
 // where the context is split), one workgroup per (row, `nq` query heads of one kv head, split of the context).
-// `lanes` threads share a key; a chunk of keys passes three phases: scores, softmax, sums of values.
+// `lanes` threads share a key and have `batch` keys next to each other; the keys of a workgroup, a chunk, pass three
+// phases: scores, softmax, sums of values. The loads of the next chunk are under way meanwhile.
 // step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv) pages as in `lib/pages.wgsl`
 // [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
 // out (n_rows, n_heads * head_dim) f32, or with splits > 1 the parts for `attention_merge`
@@ -10,10 +11,10 @@
 //     work is done here, and k and v are written.
 // `rows`: "all" rows of the step, or the "single" ones, which are tiles of one row (`attention_tiles` has the others).
 // `window`: a row sees so many positions up to its own (0: all).  `softcap`: scores become tanh(s / softcap) * softcap.
-// `share`: the least that a split takes, a multiple of block_size.  `chunk`: keys per softmax, a multiple of
-// batch * wg / lanes.  `room`: values of workgroup memory for the last sums.
+// `share`: the least that a split takes, a multiple of block_size.  `room`: values of workgroup memory for the last sums.
+// `batch` divides block_size.
 // constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, fused, [norm, eps, rot_dim, neox,
-// magnitude,] rows, splits, share, nq, wg, lanes, batch, chunk, room, subgroup, st
+// magnitude,] rows, splits, share, nq, wg, lanes, batch, room, subgroup, st
 // grid: (rows or tiles, n_heads / nq, splits)
 # import "lib/pages.wgsl" as pages
 # import "lib/rope.wgsl" as rope
@@ -22,9 +23,10 @@
 # set upl = (units + lanes - 1) // lanes
 # set tail = units % lanes
 # set places = wg // lanes
+# set chunk = batch * places
 # set shuffle = subgroup >= lanes
 # set m = batch * nq
-# set wide = wg // nq
+# set wide = [wg // nq, chunk, subgroup if shuffle else 32] | min
 # set team = 32 if wide >= 32 else (16 if wide >= 16 else (8 if wide >= 8 else 4))
 # set per = 8 if 8 * (nq + 1) <= wg else 4
 # set parts = wg // subgroup if shuffle else places
@@ -55,6 +57,8 @@ var<workgroup> qs: array<f32, {{ nq * head_dim }}>;
 var<workgroup> scores: array<f32, {{ nq * chunk }}>;
 var<workgroup> red: array<f32, {{ [nq * team, (nq + 1) * per] | max }}>;
 var<workgroup> keeps: array<f32, {{ nq }}>;
+var<workgroup> tops: array<f32, {{ nq }}>;
+var<workgroup> totals: array<f32, {{ nq }}>;
 var<workgroup> sums: array<f32, {{ [kept * nq * head_dim, partials] | max }}>;
 
 {{ pages.types(kv) }}
@@ -65,6 +69,7 @@ var<workgroup> sums: array<f32, {{ [kept * nq * head_dim, partials] | max }}>;
 var<workgroup> fresh: array<f32, {{ 2 * head_dim }}>;  // the row's own key and value
 
 {{ pages.makes(kv, head_dim) }}
+{{ pages.rounds(kv) }}
 {{ pages.writes("k", kv, head_dim, block_size) }}
 {{ pages.writes("v", kv, head_dim, block_size) }}
 {{ rope.functions(head_dim, rot_dim, neox, magnitude) }}
@@ -112,53 +117,95 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let lane = lid % {{ lanes }}u;
   let place = lid / {{ lanes }}u;
 
+  # for name in ("k", "v")
+  # for b in range(batch)
+  # for j in range(upl)
+  var {{ name }}{{ b }}_{{ j }}: Raw;
+  # endfor
+  # endfor
+  # endfor
+  # for j in range(upl)
+  let unit{{ j }} = {{ "min(lane + %du, %du)" % (j * lanes, units - 1) if tail and j == upl - 1 else "lane + %du" % (j * lanes) }};
+  # endfor
+  # macro load(name, first)
+  {
+    let p = min({{ first }} + place * {{ batch }}u, high - 1u);
+    let page = page_of(p, table, kv_head);
+    # for b in range(batch)
+    let t{{ b }} = min({{ first }} + place * {{ batch }}u + {{ b }}u, high - 1u) % {{ block_size }}u;
+    # for j in range(upl)
+    {{ name }}{{ b }}_{{ j }} = {{ name }}_raw(page, t{{ b }}, unit{{ j }});
+    # endfor
+    # endfor
+  }
+  # endmacro
+  {{ load("k", "low") }}
+  {{ load("v", "low") }}
+
   # if fused
   let base = row * {{ (n_heads + 2 * n_kv) * head_dim }}u;
   # if norm
   if (lid < {{ (nq + 1) * per }}u) {
     let n = lid / {{ per }}u;
-    let at = base + select({{ n_heads }}u + kv_head, head0 + n, n < {{ nq }}u) * {{ head_dim }}u;
+    let at = base + select({{ n_heads }}u + kv_head, head0 + n, n < {{ nq }}u) * {{ head_dim }}u + lid % {{ per }}u;
     var squares = 0.0;
-    for (var d = lid % {{ per }}u; d < {{ head_dim }}u; d += {{ per }}u) {
-      squares += qkv[at + d] * qkv[at + d];
-    }
+    # for i in range(0, head_dim, per)
+    let x{{ i }} = qkv[at + {{ i }}u];
+    # endfor
+    # for i in range(0, head_dim, per)
+    squares += x{{ i }} * x{{ i }};
+    # endfor
     red[lid] = squares;
   }
   workgroupBarrier();
   # endif
-  for (var i = lid; i < {{ (nq + 1) * head_dim }}u; i += {{ wg }}u) {
-    let n = i / {{ head_dim }}u;
-    let d = i % {{ head_dim }}u;
-    let p = partner(d);
-    let at = base + select({{ n_heads }}u + kv_head, head0 + n, n < {{ nq }}u) * {{ head_dim }}u;
-    var first = qkv[at + d];
-    var second = qkv[at + p];
+  // the queries and the key, then the value
+  # set items = (nq + 1) * head_dim
+  # set each = (items + wg - 1) // wg
+  # for i in range(each)
+  let n{{ i }} = min((lid + {{ i * wg }}u) / {{ head_dim }}u, {{ nq }}u);
+  let d{{ i }} = (lid + {{ i * wg }}u) % {{ head_dim }}u;
+  let o{{ i }} = partner(d{{ i }});
+  let at{{ i }} = base + select({{ n_heads }}u + kv_head, head0 + n{{ i }}, n{{ i }} < {{ nq }}u) * {{ head_dim }}u;
+  let first{{ i }} = qkv[at{{ i }} + d{{ i }}];
+  let second{{ i }} = qkv[at{{ i }} + o{{ i }}];
+  # endfor
+  # for i in range((head_dim + wg - 1) // wg)
+  let value{{ i }} = qkv[base + ({{ n_heads + n_kv }}u + kv_head) * {{ head_dim }}u + min(lid + {{ i * wg }}u, {{ head_dim - 1 }}u)];
+  # endfor
+  # for i in range(each)
+  {
     # if norm
     var squares = 0.0;
-    for (var j = 0u; j < {{ per }}u; j++) {
-      squares += red[n * {{ per }}u + j];
-    }
+    # for j in range(per)
+    squares += red[n{{ i }} * {{ per }}u + {{ j }}u];
+    # endfor
     let factor = inverseSqrt(squares / {{ head_dim }}.0 + {{ "%.9g" % eps }});
-    first *= factor * select(k_weight[d], q_weight[d], n < {{ nq }}u);
-    second *= factor * select(k_weight[p], q_weight[p], n < {{ nq }}u);
+    let a = first{{ i }} * factor * select(k_weight[d{{ i }}], q_weight[d{{ i }}], n{{ i }} < {{ nq }}u);
+    let b = second{{ i }} * factor * select(k_weight[o{{ i }}], q_weight[o{{ i }}], n{{ i }} < {{ nq }}u);
+    # else
+    let a = first{{ i }};
+    let b = second{{ i }};
     # endif
-    let value = turned(first, second, d, position);
-    if (n < {{ nq }}u) {
-      qs[i] = value * {{ "%.9g" % scale }};
-    } else {
-      fresh[d] = value;
-      fresh[{{ head_dim }}u + d] = qkv[base + ({{ n_heads + n_kv }}u + kv_head) * {{ head_dim }}u + d];
+    let value = turned(a, b, d{{ i }}, position);
+    if (n{{ i }} < {{ nq }}u) {
+      qs[lid + {{ i * wg }}u] = value * {{ "%.9g" % scale }};
+    }{{ " else if (lid + %du < %du) {" % (i * wg, items) if items % wg and i == each - 1 else " else {" }}
+      fresh[d{{ i }}] = rounded(value);
     }
   }
+  # endfor
+  # for i in range((head_dim + wg - 1) // wg)
+  if (lid + {{ i * wg }}u < {{ head_dim }}u) {
+    fresh[lid + {{ head_dim + i * wg }}u] = rounded(value{{ i }});
+  }
+  # endfor
   # else
   for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
     qs[i] = q[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] * {{ "%.9g" % scale }};
   }
   # endif
   workgroupBarrier();
-  # for j in range(upl)
-  let unit{{ j }} = {{ "min(lane + %du, %du)" % (j * lanes, units - 1) if tail and j == upl - 1 else "lane + %du" % (j * lanes) }};
-  # endfor
   # for n in range(nq)
   # for j in range(upl)
   # for h in range(2)
@@ -172,39 +219,43 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # endfor
   # if fused
-  // the row's own key and value as the pages hold them, which only the last split needs
-  let makes = lid < {{ 2 * units }}u && high == end;
+  // the row's own key and value go into the pages, from the workgroup of the last split and the first heads
+  let keeps_own = lid < {{ 2 * units }}u && high == end;
   let of_v = lid / {{ units }}u;
-  let own_unit = lid % {{ units }}u;
   var scales: Scales;
-  if (makes) {
-    scales = scales_of(of_v * {{ head_dim }}u, own_unit);
+  if (keeps_own) {
+    scales = scales_of(of_v * {{ head_dim }}u, lid % {{ units }}u);
   }
   # if kv == "q8_0"
   workgroupBarrier();
   # endif
-  if (makes) {
+  if (keeps_own) {
     let raw = made(fresh_unit(8u * lid), scales);
+    # if kv == "q8_0"
     let back = decoded(raw);
     # for i in range(4)
     fresh[8u * lid + {{ i }}u] = back.a[{{ i }}];
     fresh[8u * lid + {{ i + 4 }}u] = back.b[{{ i }}];
     # endfor
+    # endif
     if (head0 % {{ group }}u == 0u) {
       let page = page_of(position, table, kv_head);
       if (of_v == 0u) {
-        k_write(page, position % {{ block_size }}u, own_unit, raw, scales);
+        k_write(page, position % {{ block_size }}u, lid % {{ units }}u, raw, scales);
       } else {
-        v_write(page, position % {{ block_size }}u, own_unit, raw, scales);
+        v_write(page, position % {{ block_size }}u, lid % {{ units }}u, raw, scales);
       }
     }
   }
+  # if kv == "q8_0"
   workgroupBarrier();
+  # endif
   # endif
   var top = NEVER;
   var sum = 0.0;
   let member = lid % {{ team }}u;
-  let mine = lid / {{ team }}u;
+  let mine = min(lid / {{ team }}u, {{ nq - 1 }}u);
+  let in_team = lid < {{ nq * team }}u;
   # if shuffle
   # set padded = (m + lanes - 1) // lanes * lanes if m >= lanes else (1 if m == 1 else (2 if m == 2 else (4 if m <= 4 else (8 if m <= 8 else (16 if m <= 16 else 32)))))
   # set ns = namespace(m=padded, mask=lanes // 2, slot="0u", owner="true")
@@ -220,51 +271,25 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let slot = {{ ns.slot }};  // which of the sums of its lanes a thread has in the end
   let owner = {{ ns.owner }};
   # endif
-  # macro load(name, first)
-  # for b in range(batch)
-  let p{{ b }} = min({{ first }} + {{ b * places }}u + place, high - 1u);
-  let page{{ b }} = page_of(p{{ b }}, table, kv_head);
-  # endfor
-  # for b in range(batch)
-  # for j in range(upl)
-  let raw{{ b }}_{{ j }} = {{ name }}_raw(page{{ b }}, p{{ b }} % {{ block_size }}u, unit{{ j }});
-  # endfor
-  # endfor
-  # endmacro
-  # macro decode(own)
+  # macro decode(name, own)
   # for b in range(batch)
   # for j in range(upl)
   # if fused
-  var e{{ b }}_{{ j }} = decoded(raw{{ b }}_{{ j }});
-  if (p{{ b }} == position) {
+  var e{{ b }}_{{ j }} = decoded({{ name }}{{ b }}_{{ j }});
+  if (min(here + place * {{ batch }}u + {{ b }}u, high - 1u) == position) {
     e{{ b }}_{{ j }} = fresh_unit({{ own }}u + 8u * unit{{ j }});
   }
   # else
-  let e{{ b }}_{{ j }} = decoded(raw{{ b }}_{{ j }});
+  let e{{ b }}_{{ j }} = decoded({{ name }}{{ b }}_{{ j }});
   # endif
-  # endfor
-  # endfor
-  # endmacro
-  # macro add_values(first)
-  {{ decode(head_dim) }}
-  # for b in range(batch)
-  # for n in range(nq)
-  let w{{ b }}_{{ n }} = scores[{{ n * chunk + b * places }}u + {{ first }} + place];
-  # for j in range(upl)
-  acc{{ n }}_{{ j }}a += w{{ b }}_{{ n }} * e{{ b }}_{{ j }}.a;
-  acc{{ n }}_{{ j }}b += w{{ b }}_{{ n }} * e{{ b }}_{{ j }}.b;
-  # endfor
   # endfor
   # endfor
   # endmacro
 
   for (var here = low; here < high; here += {{ chunk }}u) {
-    for (var t0 = 0u; t0 < {{ chunk }}u; t0 += {{ batch * places }}u) {
-      if (here + t0 >= high) {
-        break;
-      }
-      {{ load("k", "here + t0") }}
-      {{ decode(0) }}
+    let again = here + {{ chunk }}u < high;
+    {
+      {{ decode("k", 0) }}
       # for b in range(batch)
       # for n in range(nq)
       var s{{ b * nq + n }} = 0.0;
@@ -273,6 +298,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       # endfor
       # endfor
       # endfor
+      if (again) {
+        {{ load("k", "here + %du" % chunk) }}
+      }
       # if shuffle
       // sums over the lanes: with each exchange a thread gives away half of its values
       # for i in range(m, padded)
@@ -296,7 +324,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       # for i in range(ns.m)
       if (owner && slot + {{ i }}u < {{ m }}u) {
         let value = slot + {{ i }}u;
-        scores[value % {{ nq }}u * {{ chunk }}u + t0 + value / {{ nq }}u * {{ places }}u + place] = s{{ i }};
+        scores[value % {{ nq }}u * {{ chunk }}u + place * {{ batch }}u + value / {{ nq }}u] = s{{ i }};
       }
       # endfor
       # else
@@ -310,74 +338,108 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         # for i in range(lanes)
         total += sums[(value * {{ lanes }}u + {{ i }}u) * {{ places + 1 }}u + i % {{ places }}u];
         # endfor
-        scores[value % {{ nq }}u * {{ chunk }}u + t0 + value / {{ nq }}u * {{ places }}u + i % {{ places }}u] = total;
+        scores[value % {{ nq }}u * {{ chunk }}u + i % {{ places }}u * {{ batch }}u + value / {{ nq }}u] = total;
       }
-      workgroupBarrier();
       # endif
     }
-    // the first values are under way while the softmax is computed
-    {{ load("v", "here") }}
-    # if shuffle
     workgroupBarrier();
-    # endif
-    # for i in range(chunk // team)
-    var x{{ i }} = NEVER;
-    # endfor
-    if (lid < {{ nq * team }}u) {
+    {
       var best = NEVER;
       # for i in range(chunk // team)
+      var x{{ i }} = NEVER;
+      # endfor
+      if (in_team) {
+        # for i in range(chunk // team)
+        x{{ i }} = scores[mine * {{ chunk }}u + {{ i * team }}u + member];
+        # endfor
+      }
+      # for i in range(chunk // team)
       {
+        # if softcap
+        x{{ i }} = tanh(clamp(x{{ i }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+        # endif
         let p = here + {{ i * team }}u + member;
-        if (p < high{{ " && p + %du > position" % window if window }}) {
-          x{{ i }} = scores[mine * {{ chunk }}u + {{ i * team }}u + member];
-          # if softcap
-          x{{ i }} = tanh(clamp(x{{ i }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
-          # endif
-        }
+        x{{ i }} = select(NEVER, x{{ i }}, p < high{{ " && p + %du > position" % window if window }});
         best = max(best, x{{ i }});
       }
       # endfor
-      red[lid] = best;
-    }
-    workgroupBarrier();
-    if (lid < {{ nq * team }}u) {
-      var best = top;
-      for (var i = 0u; i < {{ team }}u; i++) {
-        best = max(best, red[mine * {{ team }}u + i]);
+      # if shuffle
+      # for mask in (1, 2, 4, 8, 16) if mask < team
+      best = max(best, subgroupShuffleXor(best, {{ mask }}u));
+      # endfor
+      # else
+      if (in_team) {
+        red[lid] = best;
       }
+      workgroupBarrier();
+      # for i in range(team)
+      best = max(best, red[mine * {{ team }}u + {{ i }}u]);
+      # endfor
+      # endif
+      best = max(best, top);
       let keep = exp(top - best);
       top = best;
       sum *= keep;
       # for i in range(chunk // team)
+      x{{ i }} = select(exp(x{{ i }} - best), 0.0, x{{ i }} == NEVER);
+      sum += x{{ i }};
+      # endfor
+      if (in_team) {
+        # for i in range(chunk // team)
+        scores[mine * {{ chunk }}u + {{ i * team }}u + member] = x{{ i }};
+        # endfor
+        if (member == 0u) {
+          keeps[mine] = keep;
+        }
+      }
+    }
+    workgroupBarrier();
+    {
+      {{ decode("v", head_dim) }}
+      # for n in range(nq)
+      # for j in range(upl)
+      acc{{ n }}_{{ j }}a *= keeps[{{ n }}];
+      acc{{ n }}_{{ j }}b *= keeps[{{ n }}];
+      # endfor
+      # for b in range(batch)
       {
-        let weight = select(exp(x{{ i }} - best), 0.0, x{{ i }} == NEVER);
-        sum += weight;
-        scores[mine * {{ chunk }}u + {{ i * team }}u + member] = weight;
+        let w = scores[{{ n * chunk + b }}u + place * {{ batch }}u];
+        # for j in range(upl)
+        acc{{ n }}_{{ j }}a += w * e{{ b }}_{{ j }}.a;
+        acc{{ n }}_{{ j }}b += w * e{{ b }}_{{ j }}.b;
+        # endfor
       }
       # endfor
-      if (member == 0u) {
-        keeps[mine] = keep;
-      }
+      # endfor
     }
-    workgroupBarrier();
-    # for n in range(nq)
-    # for j in range(upl)
-    acc{{ n }}_{{ j }}a *= keeps[{{ n }}];
-    acc{{ n }}_{{ j }}b *= keeps[{{ n }}];
-    # endfor
-    # endfor
-    {
-      {{ add_values("0u") }}
+    if (again) {
+      {{ load("v", "here + %du" % chunk) }}
+      workgroupBarrier();
     }
-    for (var t0 = {{ batch * places }}u; t0 < {{ chunk }}u; t0 += {{ batch * places }}u) {
-      if (here + t0 >= high) {
-        break;
-      }
-      {{ load("v", "here + t0") }}
-      {{ add_values("t0") }}
-    }
-    workgroupBarrier();
   }
+  # if shuffle
+  # for mask in (1, 2, 4, 8, 16) if mask < team
+  sum += subgroupShuffleXor(sum, {{ mask }}u);
+  # endfor
+  if (in_team && member == 0u) {
+    totals[mine] = sum;
+    tops[mine] = top;
+  }
+  # else
+  workgroupBarrier();
+  if (in_team) {
+    red[lid] = sum;
+  }
+  workgroupBarrier();
+  if (in_team && member == 0u) {
+    sum = 0.0;
+    # for i in range(team)
+    sum += red[lid + {{ i }}u];
+    # endfor
+    totals[mine] = sum;
+    tops[mine] = top;
+  }
+  # endif
   # if shuffle
   # set ns = namespace(mask=lanes)
   # for _ in range(6) if ns.mask < subgroup
@@ -395,12 +457,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let part = place;
   let has_part = true;
   # endif
-  if (lid < {{ nq * team }}u) {
-    red[lid] = sum;
-    if (member == 0u) {
-      keeps[mine] = top;
-    }
-  }
   # for first in range(0, parts, kept)
   # if first
   workgroupBarrier();
@@ -426,14 +482,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # for other in range(1, kept)
     total += sums[{{ other * nq * head_dim }}u + i];
     # endfor
-    var weight = 0.0;
-    for (var j = 0u; j < {{ team }}u; j++) {
-      weight += red[n * {{ team }}u + j];
-    }
+    var weight = totals[n];
     # if splits == 1
     # if sinks
-    let highest = max(keeps[n], sinks[head0 + n]);
-    let keep = exp(keeps[n] - highest);
+    let highest = max(tops[n], sinks[head0 + n]);
+    let keep = exp(tops[n] - highest);
     total *= keep;
     weight = weight * keep + exp(sinks[head0 + n] - highest);
     # endif
@@ -442,7 +495,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let to = (({{ "seq" if rows == "single" else "row" }} * {{ n_heads }}u + head0 + n) * {{ splits }}u + wid.z) * {{ head_dim + 4 }}u;
     out[to + i % {{ head_dim }}u] = total;
     if (i % {{ head_dim }}u == 0u) {
-      out[to + {{ head_dim }}u] = keeps[n];
+      out[to + {{ head_dim }}u] = tops[n];
       out[to + {{ head_dim + 1 }}u] = weight;
     }
     # endif

@@ -1,6 +1,7 @@
 // The parts of `attention` with splits > 1 made whole: each split weighted by exp(its maximum - the largest).
 // step;  parts (n_rows, n_heads, splits, head_dim + 4) f32, of which the first splits are written; of "single" rows by sequence
 // [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  The constants are as in `attention`.
+// wg: at least head_dim / 4 and splits
 // constants: n_heads, head_dim, block_size, window, rows, splits, share, sinks, wg, st;  grid: (n_heads, rows or tiles, 1)
 # set quads = head_dim // 4
 # set ns = namespace(ways=1)
@@ -18,6 +19,7 @@
 
 var<workgroup> sums: array<vec4<f32>, {{ ways * quads }}>;
 var<workgroup> weights: array<f32, {{ ways }}>;
+var<workgroup> stats: array<vec2<f32>, {{ splits }}>;
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -50,23 +52,29 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # else
   let base = head * {{ splits * (quads + 1) }}u;
   # endif
-  var top = {{ "sinks[wid.x]" if sinks else "-1e30" }};
-  for (var s = 0u; s <= last; s++) {
-    top = max(top, parts[base + s * {{ quads + 1 }}u + {{ quads }}u].x);
-  }
   let quad = lid % {{ quads }}u;
   let way = lid / {{ quads }}u;
+  # for i in range(each)
+  let part{{ i }} = parts[base + min(way + {{ i * ways }}u, last) * {{ quads + 1 }}u + quad];
+  # endfor
+  if (lid < {{ splits }}u) {
+    let of_split = parts[base + min(lid, last) * {{ quads + 1 }}u + {{ quads }}u].xy;
+    stats[lid] = select(vec2<f32>(-1e30, 0.0), of_split, lid <= last);
+  }
+  workgroupBarrier();
+  var top = {{ "sinks[wid.x]" if sinks else "-1e30" }};
+  # for i in range(splits)
+  top = max(top, stats[{{ i }}].x);
+  # endfor
   if (way < {{ ways }}u) {
     var total = vec4<f32>();
     var weight = 0.0;
     # for i in range(each)
-    {
-      let s = way + {{ i * ways }}u;
-      let at = base + min(s, last) * {{ quads + 1 }}u;
-      let stats = parts[at + {{ quads }}u];
-      let w = select(0.0, exp(stats.x - top), s <= last);
-      total += w * parts[at + quad];
-      weight += w * stats.y;
+    if (way + {{ i * ways }}u <= last) {
+      let of_split = stats[way + {{ i * ways }}u];
+      let w = exp(of_split.x - top);
+      total += w * part{{ i }};
+      weight += w * of_split.y;
     }
     # endfor
     sums[lid] = total;

@@ -136,6 +136,13 @@ fn made(values: Eight, scales: Scales) -> Raw {
 # endif
 # endmacro
 
+{# A value as the pages give it back, where it can be told from the value alone. #}
+# macro rounds(kv)
+fn rounded(value: f32) -> f32 {
+  return {{ "unpack2x16float(pack2x16float(vec2<f32>(value, 0.0))).x" if kv == "f16" else "value" }};
+}
+# endmacro
+
 {# Write a unit of token t, and the scales with the first unit of each eight. #}
 # macro writes(name, kv, head_dim, block_size)
 fn {{ name }}_write(page: u32, t: u32, unit: u32, raw: Raw, scales: Scales) {

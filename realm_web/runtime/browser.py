@@ -120,8 +120,9 @@ HELPERS = """
       return (number) => {
         const encoder = device.createCommandEncoder();
         for (let first = 0; first < n; first += perPass) {
+          const query = 2 * first / perPass;
           const pass = encoder.beginComputePass(times ? { timestampWrites: {
-            querySet, beginningOfPassWriteIndex: 2 * first / perPass, endOfPassWriteIndex: 2 * first / perPass + 1,
+            querySet, beginningOfPassWriteIndex: query, endOfPassWriteIndex: query + 1,
           } } : undefined);
           for (let i = first; i < first + perPass; i++) {
             if (i === first || pipelines[i] !== pipelines[i - 1]) pass.setPipeline(pipelines[i]);

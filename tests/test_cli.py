@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from realm_web.__main__ import COMMANDS, build_parser, main
-from realm_web.cli import bench, chat, inspect, model, options, run
+from realm_web.cli import chat, inspect, model, options, run
 from realm_web.errors import FormatError, RequestError
 from realm_web.sampler import SamplingParams
 
@@ -24,6 +24,7 @@ from realm_web.sampler import SamplingParams
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -47,6 +48,7 @@ class ScriptedEngine:
         self.context = 64
         self.device = SimpleNamespace(kind="cpu", name="scripted", reason="test")
         self.gguf = SimpleNamespace(metadata={}, tensors={"t": SimpleNamespace(nbytes=1000)})
+        self.runner = SimpleNamespace(model=SimpleNamespace(bytes_per_token=1000))
         self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), n_vocab=256)
 
     def chat_prompt(self, messages) -> str:
@@ -419,18 +421,16 @@ def test_bench_json_has_median_and_spread_of_both_tests(scripted, capsys):
     engine = scripted("a", "b")
     assert main(["bench", "m.gguf", "--runs", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["pp512"] == {
-        "median": 100.0,
-        "spread": 0.0,
-        "min": 100.0,
-        "max": 100.0,
-        "runs": [100.0] * 3,
-    }
+    rate = 512 / 0.007
+    assert report["pp512"]["median"] == pytest.approx(rate)
+    assert report["pp512"]["runs"] == pytest.approx([rate] * 3) and report["pp512"]["spread"] == 0
     assert report["tg128"]["median"] == 50.0
     assert report["tg128"]["gb_per_second"] == pytest.approx(1000 * 50 / 1e9)
     assert report["tg128"]["percent_of_bandwidth"] == pytest.approx(50.0)
-    assert [len(prompt) for prompt, _ in engine.asked] == [512] * 4 + [1] * 4
-    assert {(params.max_tokens, params.ignore_eos) for _, params in engine.asked} == {(1, True), (128, True)}
+    assert report["time_to_first_token_ms"]["median"] == 7.0
+    assert [len(prompt) for prompt, _ in engine.asked] == [512] * 4 + [1] * 4 + [20] * 4
+    wanted = {(1, True), (128, True), (2, True)}
+    assert {(params.max_tokens, params.ignore_eos) for _, params in engine.asked} == wanted
 
 
 def test_bench_prints_rates_and_bandwidth_for_people(scripted, capsys):
@@ -440,19 +440,48 @@ def test_bench_prints_rates_and_bandwidth_for_people(scripted, capsys):
     assert "pp512" in out and "tg128" in out and "50 % of the" in out
 
 
-@pytest.mark.parametrize("flags", [["--runs", "0"], ["--prompt-tokens", "0"], ["--generate-tokens", "1"]])
+def test_bench_at_a_depth_repeats_the_context_and_no_more(scripted, capsys):
+    engine = scripted("a", "b")
+    flags = ["--runs", "2", "--prompt-tokens", "4", "--generate-tokens", "2", "-d", "0,9", "--json"]
+    assert main(["bench", "m.gguf", *flags]) == 0
+    assert {"pp4", "tg2", "pp4@d9", "tg2@d9"} <= json.loads(capsys.readouterr().out).keys()
+    deep = [prompt for prompt, _ in engine.asked if len(prompt) > 9]
+    assert [len(prompt) for prompt in deep] == [13] * 3 + [10] * 3
+    assert len({tuple(prompt[:9]) for prompt in deep}) == 1
+    assert len({tuple(prompt[9:]) for prompt in deep}) == 6
+
+
+def test_bench_compares_with_what_llama_bench_wrote(scripted, capsys, tmp_path):
+    scripted("a", "b")
+    theirs = tmp_path / "theirs.json"
+    tests = [{"n_prompt": 0, "n_gen": 128, "avg_ts": 25.0}, {"n_prompt": 8, "n_gen": 8, "avg_ts": 1.0}]
+    theirs.write_text(json.dumps(tests))
+    assert main(["bench", "m.gguf", "--runs", "1", "--compare", str(theirs)]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["tg128"][-2:] == ["25.0", "2.00"] and lines["pp512"][-2:] == ["–", "–"]
+
+
+@pytest.mark.parametrize(("text", "said"), [("[1]", "something else than tests"), ("{}", "no rates found")])
+def test_bench_names_a_file_that_it_cannot_compare_with(text, said, capsys, tmp_path):
+    path = tmp_path / "theirs.json"
+    path.write_text(text)
+    assert main(["bench", "m.gguf", "--compare", str(path)]) == 2
+    assert said in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--runs", "0"],
+        ["--prompt-tokens", "0"],
+        ["--generate-tokens", "1"],
+        ["--depth", "-1"],
+        ["--batch", "0"],
+    ],
+)
 def test_bench_refuses_counts_that_measure_nothing(flags, capsys):
     assert main(["bench", "m.gguf", *flags]) == 2
     assert flags[0] in error_line(capsys)
-
-
-def test_a_separate_embedding_table_counts_as_one_row():
-    embedding = SimpleNamespace(nbytes=1000, shape=(10, 100))
-    other = SimpleNamespace(nbytes=50, shape=(5, 5))
-    tied = SimpleNamespace(tensors={"token_embd.weight": embedding, "x": other})
-    separate = SimpleNamespace(tensors={**tied.tensors, "output.weight": embedding})
-    assert bench.weight_bytes_per_token(tied) == 1050
-    assert bench.weight_bytes_per_token(separate) == 1000 + 50 + 10
 
 
 # ---- inspect

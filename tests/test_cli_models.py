@@ -128,6 +128,17 @@ def test_bench_measures_both_tests(tiny, capsys):
     assert report["tg4"]["percent_of_bandwidth"] > 0 and report["bandwidth_gb_per_second"] > 0
 
 
+def test_bench_measures_depths_batches_and_where_the_time_goes(tiny, capsys):
+    flags = ["--device", "cpu", "--runs", "1", "--prompt-tokens", "16", "--generate-tokens", "4"]
+    flags += ["--depth", "0,40", "--batch", "1,3", "--breakdown"]
+    report = run_json(capsys, "bench", str(tiny.path), *flags)
+    for test in ("pp16", "tg4", "pp16@d40", "tg4@d40", "tg4x1", "tg4x3"):
+        assert report[test]["median"] > 0
+    parts = report["breakdown_ms"]
+    assert parts["Python"] > 0 and parts["the device alone"] > 0
+    assert parts["all"] >= parts["submitting"] > 0
+
+
 # ---- bad input: one line on stderr, exit code 2
 
 

@@ -47,6 +47,7 @@ LEVELS = {
     "opening": 5,
     "pacing": 5,
     "engine": 5,
+    "benchmark": 6,
     "llm": 6,
     "page": 6,
     "batchfile": 6,
@@ -61,6 +62,7 @@ LEVELS = {
 THIRD_PARTY = {
     "jinja2": ("chat", "runtime.template"),
     "wgpu": ("runtime.webgpu*",),
+    "wgpudawn": ("runtime.dawn",),
     "js": ("runtime.browser",),
     "pyodide": ("runtime.browser", "grammar.page"),
     "pyodide_js": ("runtime.browser",),
@@ -73,7 +75,9 @@ THIRD_PARTY = {
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
 NATIVE_ONLY = (
+    "runtime.dawn",
     "runtime.webgpu*",
+    "runtime.dawn",
     "runtime.cpu*",
     "runtime.native",
     "dequant*",

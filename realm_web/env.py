@@ -21,7 +21,7 @@ class Variable:
 VARIABLES: dict[str, Variable] = {
     variable.name: variable
     for variable in (
-        Variable("REALM_DEVICE", "auto", "device when none is asked for: `auto`, `webgpu` or `cpu`"),
+        Variable("REALM_DEVICE", "auto", "device when none is asked for: `auto`, `webgpu`, `cpu` or `dawn`"),
         Variable(
             "REALM_DISABLE",
             "",

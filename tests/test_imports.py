@@ -75,7 +75,6 @@ THIRD_PARTY = {
 
 # Never loaded by a page; everything else below level 6, and page.py, is.
 NATIVE_ONLY = (
-    "runtime.dawn",
     "runtime.webgpu*",
     "runtime.dawn",
     "runtime.cpu*",

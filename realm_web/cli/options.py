@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from realm_web.sampler import SamplingParams
 
 MODEL_HELP = "path or URL of a .gguf file, or hf:user/repo:Q4_K_M"
-DEVICES = ("auto", "webgpu", "cpu")
+DEVICES = ("auto", "webgpu", "cpu", "dawn")
 
 # name of the SamplingParams field, type, default of the command line, help
 SAMPLING: tuple[tuple[str, Callable[[str], float | int], float | int | None, str], ...] = (

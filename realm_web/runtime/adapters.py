@@ -15,7 +15,7 @@ from realm_web.errors import DeviceError
 from realm_web.runtime.device import AdapterInfo, Device
 from realm_web.runtime.profiler import Tracer
 
-KINDS = ("auto", "webgpu", "cpu", "browser")
+KINDS = ("auto", "webgpu", "cpu", "dawn", "browser")
 PROBE_THREADS = 256
 IN_PAGE = sys.platform == "emscripten"
 OPTIONAL = frozenset({"subgroups", "f16", "subgroup_matrix"})  # features that REALM_DISABLE may name
@@ -36,14 +36,16 @@ def list_adapters() -> list[AdapterInfo]:
 
 
 def choose(device: str = "auto") -> tuple[AdapterInfo, str]:
-    """The adapter that `device` ("auto", "webgpu", "cpu") means here, and the reason in words.
+    """The adapter that `device` ("auto", "webgpu", "cpu", "dawn") means here, and the reason in words.
 
     Raises DeviceError when there is none, with the cure.
     """
     if device == "auto":
         device = env.get("REALM_DEVICE")
-    if device not in KINDS[:3]:
-        raise DeviceError(f"unknown device {device!r}: choose one of {', '.join(KINDS[:3])}")
+    if device not in KINDS[:4]:
+        raise DeviceError(f"unknown device {device!r}: choose one of {', '.join(KINDS[:4])}")
+    if device == "dawn":
+        return _dawn(), "asked for dawn"
     found = list_adapters()
     gpus = [info for info in found if info.kind == "webgpu"]
     if device == "webgpu":
@@ -71,6 +73,18 @@ def choose(device: str = "auto") -> tuple[AdapterInfo, str]:
     raise DeviceError("no device: install numpy for the CPU, or wgpu and a Vulkan driver for a GPU")
 
 
+def _dawn() -> AdapterInfo:
+    """Dawn's first adapter. It is not looked for unless asked for: two libraries for one GPU help nobody."""
+    if not find_spec("wgpudawn"):
+        raise DeviceError("no Dawn: install it with `pip install 'realm_web[dawn]'`, or use --device webgpu")
+    from realm_web.runtime import dawn
+
+    found = dawn.adapters()
+    if not found:
+        raise DeviceError("Dawn offers no hardware adapter here: use --device webgpu or cpu")
+    return found[0][0]
+
+
 async def open_device(device: str = "auto") -> Device:
     """Open the chosen device with every limit it has, less the features in REALM_DISABLE."""
     disabled = env.disabled_features()
@@ -88,9 +102,12 @@ async def open_device(device: str = "auto") -> Device:
         from realm_web.runtime import cpu
 
         return _traced(Device(cpu.CPUBackend(), disabled=disabled, reason=reason))
-    from realm_web.runtime import webgpu
+    if info.kind == "dawn":
+        from realm_web.runtime import dawn as library
+    else:
+        from realm_web.runtime import webgpu as library
 
-    opened = Device(await webgpu.open_backend(info), disabled=disabled, reason=reason)
+    opened = Device(await library.open_backend(info), disabled=disabled, reason=reason)
     await _probe_subgroups(opened)
     return _traced(opened)
 

@@ -77,11 +77,11 @@ def dense(device, values: np.ndarray, shards: int) -> Weight:
     return Weight(FORMATS["F32"], n, k, "output", tuple(rows))
 
 
-def recorder(device, n_rows: int, n_seqs: int) -> Recorder:
+def recorder(device, n_rows: int, n_seqs: int, *, exact: bool = True) -> Recorder:
     step, slots = device.alloc(4 * LAYOUT.n_words, "step"), device.alloc(16, "slots")
     program = device.program("test")
     return Recorder(
-        device, program, LAYOUT, device.view(step), device.view(slots), n_rows, n_seqs, 1, 1, {}, exact=True
+        device, program, LAYOUT, device.view(step), device.view(slots), n_rows, n_seqs, 1, 1, {}, exact=exact
     )  # fmt: skip
 
 
@@ -129,7 +129,9 @@ def test_scores_are_the_log_softmax_at_the_targets(device, n_rows, room, monkeyp
         assert got[row] == pytest.approx(0 if target == NONE else wanted[row, target], abs=bound)
 
 
-def test_rows_of_a_quantised_output_are_scored_as_its_logits_say(device):
+@pytest.mark.parametrize("exact", [True, False], ids=["floats", "bytes"])
+def test_rows_of_a_quantised_output_are_scored_as_its_logits_say(device, exact, monkeypatch):
+    monkeypatch.setattr(score, "LOGITS_BYTES", 32 * 4 * 96)  # four groups, two of them empty
     rng = np.random.default_rng(4)
     n_rows, n_vocab = 40, 96
     parts = packed("Q8_0", n_vocab, DIM, rng)
@@ -139,7 +141,7 @@ def test_rows_of_a_quantised_output_are_scored_as_its_logits_say(device):
     targets = rng.integers(0, n_vocab, n_rows).tolist()
     sums = np.zeros(n_rows)
     # log-probabilities of all tokens, one target at a time, are those of a distribution
-    r = recorder(device, 128, 1)
+    r = recorder(device, 128, 1, exact=exact)
     out = tensor(device, np.zeros(LAYOUT.max_rows, np.float32))
     given = tensor(device, np.concatenate([x, normal(rng, 128 - n_rows, DIM)]))
     row_scores(

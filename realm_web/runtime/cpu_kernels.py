@@ -48,6 +48,8 @@ class Matrix:
         """x (m, k) times the transpose: (m, n)."""
         if self.fmt == "F32":
             return x @ self.rows(0, self.n).T
+        if not len(x):  # decode nothing for nothing
+            return np.empty((0, self.n), np.float32)
         tile = max(1, TILE_WEIGHTS // self.k)
         y = np.empty((len(x), self.n), np.float32)
         for start in range(0, self.n, tile):
@@ -169,7 +171,7 @@ def rms_factor(x: np.ndarray, eps: float) -> np.ndarray:
 
 def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows x (m, k) as int8 (m, k / 32, 32), and d (m, k / 32): x is about d * byte."""
-    chunks = x.reshape(len(x), -1, CHUNK)
+    chunks = x.reshape(len(x), x.shape[1] // CHUNK, CHUNK)
     top = np.abs(chunks).max(axis=2)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         per_d = np.where(top > np.float32(1e-30), np.float32(127) / top, np.float32(0))
@@ -182,10 +184,10 @@ def put_bytes(out: np.ndarray, rows: Any, q: np.ndarray, d: np.ndarray, factor: 
     m, chunks, _ = q.shape
     words = np.zeros((m, activation_words(chunks * CHUNK)), np.uint32)
     planes = np.ascontiguousarray(q.reshape(m, chunks, 2, 16).transpose(0, 2, 1, 3))
-    words[:, : 8 * chunks] = planes.reshape(m, -1).view(np.uint32)
+    words[:, : 8 * chunks] = planes.reshape(m, CHUNK * chunks).view(np.uint32)
     sums = q.reshape(m, chunks, 2, 16).sum(axis=3, dtype=np.int16)
     words[:, 8 * chunks : 10 * chunks : 2] = (d * factor).astype(np.float32).view(np.uint32)
-    words[:, 8 * chunks + 1 : 10 * chunks : 2] = sums.reshape(m, -1).view(np.uint32)
+    words[:, 8 * chunks + 1 : 10 * chunks : 2] = sums.reshape(m, 2 * chunks).view(np.uint32)
     out[rows] = words
 
 
@@ -238,6 +240,9 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     y = y * np.float32(c["scale"])
     if c["softcap"]:
         y = softcapped(y, c["softcap"])
+    if c.get("out_as") == "ints":
+        put_bytes(v.u32(-1, activation_words(n)), slice(m), *to_bytes(y))
+        return
     out = v.f32(-1, c["out_stride"])[:m, columns]
     out[...] = out + y if c["residual"] else y
 

@@ -125,7 +125,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       s{{ i }}_{{ j }} = tanh(clamp(s{{ i }}_{{ j }} / {{ "%.9g" % softcap }}, vec4<f32>(-15.0), vec4<f32>(15.0))) * {{ "%.9g" % softcap }};
       # endif
       let p = vec4<u32>(here + {{ 32 * j }}u + 4u * tn) + vec4<u32>(0u, 1u, 2u, 3u);
-      s{{ i }}_{{ j }} = select(vec4<f32>(NEVER), s{{ i }}_{{ j }}, p <= vec4<u32>(seen{{ i }}){{ " & p + %du > vec4<u32>(seen%d)" % (window, i) if window }});
+      s{{ i }}_{{ j }} = select(vec4<f32>(NEVER), s{{ i }}_{{ j }}, (p <= vec4<u32>(seen{{ i }})){{ " & (p + %du > vec4<u32>(seen%d))" % (window, i) if window }});
     }
     # endfor
     # set all = namespace(text="s%d_0" % i)

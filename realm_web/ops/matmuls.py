@@ -55,7 +55,7 @@ def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
 
 
 def _units(units: str, bm: int, bn: int) -> Tiles:
-    tuning = (("units", units), ("sm", min(bm, 32)), ("sn", 32), ("chunks", 1))
+    tuning = (("units", units), ("sm", min(bm, 32)), ("sn", 32), ("chunks", 1), ("stages", 1))
     return Tiles("matmul_units", bm, bn, tuning, group=16)
 
 

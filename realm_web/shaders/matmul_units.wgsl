@@ -7,7 +7,7 @@
 // splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
 // With act a tile's rows of weights are 16 gate rows, their 16 up rows, the next 16 gate rows...
 // constants: fmt, k, n, rows (of x at most), act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
-// tuning: units, bm, bn, sm, sn, chunks, splits
+// tuning: units, bm, bn, sm, sn, chunks, stages (2: one turn's tiles are made while those before are used), splits
 // grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/units.wgsl" as unit
@@ -33,8 +33,8 @@ var<workgroup> tile: array<f32, {{ 256 * parts * subgroups }}>;
 # else
 {{ bind("out", "f32", "read_write") }}
 # endif
-var<workgroup> ws: array<f16, {{ bn * w_stride }}>;  // (n, k)
-var<workgroup> xs: array<f16, {{ 32 * chunks * x_stride }}>;  // (k, m)
+var<workgroup> ws: array<f16, {{ stages * bn * w_stride }}>;  // (n, k)
+var<workgroup> xs: array<f16, {{ stages * 32 * chunks * x_stride }}>;  // (k, m)
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -71,47 +71,72 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # for i in range(n_x)
   var row{{ i }} = x[x{{ i }} + begin * {{ 4 * rows }}u];
   # endfor
+  # macro put(c, w_at, x_at)
+  # for i in range(n_w)
+  # set t = "(lid + %du)" % (i * wg)
+  {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
+    let v = w_halves(code{{ i }}, w{{ i }} + {{ c }});
+    let at = {{ w_at }} + {{ t }} / {{ chunks }}u * {{ w_stride }}u + {{ t }} % {{ chunks }}u * 32u;
+    # for e in range(8)
+    # for f in range(4)
+    ws[at + {{ 4 * e + f }}u] = v[{{ e }}][{{ f }}];
+    # endfor
+    # endfor
+  }
+  # endfor
+  # for i in range(n_x)
+  # set t = "(lid + %du)" % (i * wg)
+  {{ "if (%s < %du) " % (t, bm * chunks * 4) if (i + 1) * wg > bm * chunks * 4 }}{
+    let at = {{ x_at }} + {{ t }} / {{ bm }}u * {{ 8 * x_stride }}u + {{ t }} % {{ bm }}u;
+    # for e in "xyzw"
+    let h{{ e }} = bitcast<vec2<f16>>(row{{ i }}.{{ e }});
+    xs[at + {{ 2 * loop.index0 * x_stride }}u] = h{{ e }}.x;
+    xs[at + {{ (2 * loop.index0 + 1) * x_stride }}u] = h{{ e }}.y;
+    # endfor
+  }
+  # endfor
+  # endmacro
+  # macro fetch(c)
+  # for i in range(n_w)
+  code{{ i }} = w_code(w{{ i }} + {{ c }});
+  # endfor
+  # for i in range(n_x)
+  row{{ i }} = x[x{{ i }} + {{ c }} * {{ 4 * rows }}u];
+  # endfor
+  # endmacro
+  # if stages == 2
+{{ put("begin", "0u", "0u") }}
+  let second = min(begin + {{ chunks }}u, {{ "begin + %du" % (share - chunks) }});
+{{ fetch("second") }}
+  var turn = 0u;
+  # endif
   for (var c = begin; c < begin + {{ share }}u; c += {{ chunks }}u) {
-    # for i in range(n_w)
-    # set t = "(lid + %du)" % (i * wg)
-    {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
-      let v = w_halves(code{{ i }}, w{{ i }} + c);
-      let at = {{ t }} / {{ chunks }}u * {{ w_stride }}u + {{ t }} % {{ chunks }}u * 32u;
-      # for e in range(8)
-      # for f in range(4)
-      ws[at + {{ 4 * e + f }}u] = v[{{ e }}][{{ f }}];
-      # endfor
-      # endfor
-    }
-    # endfor
-    # for i in range(n_x)
-    # set t = "(lid + %du)" % (i * wg)
-    {{ "if (%s < %du) " % (t, bm * chunks * 4) if (i + 1) * wg > bm * chunks * 4 }}{
-      let at = {{ t }} / {{ bm }}u * {{ 8 * x_stride }}u + {{ t }} % {{ bm }}u;
-      # for e in "xyzw"
-      let h{{ e }} = bitcast<vec2<f16>>(row{{ i }}.{{ e }});
-      xs[at + {{ 2 * loop.index0 * x_stride }}u] = h{{ e }}.x;
-      xs[at + {{ (2 * loop.index0 + 1) * x_stride }}u] = h{{ e }}.y;
-      # endfor
-    }
-    # endfor
-    workgroupBarrier();
     // the next chunks are on their way while these are worked on; after the last come the last again
+    # if stages == 2
+    workgroupBarrier();
+    let w_here = turn * {{ bn * w_stride }}u;
+    let x_here = turn * {{ 32 * chunks * x_stride }}u;
+    turn = 1u - turn;
     let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
-    # for i in range(n_w)
-    code{{ i }} = w_code(w{{ i }} + next);
-    # endfor
-    # for i in range(n_x)
-    row{{ i }} = x[x{{ i }} + next * {{ 4 * rows }}u];
-    # endfor
+    let after = min(c + {{ 2 * chunks }}u, begin + {{ share - chunks }}u);
+{{ put("next", "turn * %du" % (bn * w_stride), "turn * %du" % (32 * chunks * x_stride)) }}
+{{ fetch("after") }}
+    # else
+{{ put("c", "0u", "0u") }}
+    workgroupBarrier();
+    let w_here = 0u;
+    let x_here = 0u;
+    let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
+{{ fetch("next") }}
+    # endif
     # for kk in range(0, 32 * chunks, 16)
     {
       # for i in range(sm // 16)
-      let b{{ i }} = {{ unit.load_b(units, "xs", "%du + sm0 + %du" % (kk * x_stride, 16 * i), x_stride) }};
+      let b{{ i }} = {{ unit.load_b(units, "xs", "x_here + %du + sm0 + %du" % (kk * x_stride, 16 * i), x_stride) }};
       # endfor
       # for j in range(sn // 16)
       {
-        let a = {{ unit.load_a(units, "ws", "(sn0 + %du) * %du + %du" % (16 * j, w_stride, kk), w_stride) }};
+        let a = {{ unit.load_a(units, "ws", "w_here + (sn0 + %du) * %du + %du" % (16 * j, w_stride, kk), w_stride) }};
         # for i in range(sm // 16)
         # set sum = "sum%d_%d" % (j, i)
         {{ sum }} = {{ unit.add(units, "a", "b%d" % i, sum) }};
@@ -120,7 +145,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
       # endfor
     }
     # endfor
+    # if stages == 1
     workgroupBarrier();
+    # endif
   }
   # for i in range(sm // 16)
   # if splits > 1

@@ -51,6 +51,7 @@ FUSED = (
 TILES = (
     (4, 2, 64, 16, [(0, 9), (100, 26)], {}),
     (2, 1, 128, 8, [(70, 3)], {"mr": 2, "nr": 8}),
+    (2, 1, 80, 8, [(70, 9)], {"tn": 16, "mr": 2}),
     (2, 2, 32, 8, [(0, 20), (5, 1)], {"tm": 4, "mr": 2}),
     (2, 2, 80, 5, [(40, 5)], {"mr": 1}),
     (6, 2, 256, 4, [(40, 5)], {"mr": 2}),
@@ -190,7 +191,7 @@ def tile_cases(n_heads, n_kv, hd, qt, seqs, more, subgroup) -> Iterator[Case]:
     consts = {
         "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
         "window": 0, "softcap": 0.0, "ring": 0, "sinks": False, "kv": "f16", "skip": False,
-        "qt": qt, "nq": n_heads // n_kv, "tm": 8, "mr": 4, "nr": 4, "keys": 16, "subgroup": subgroup,
+        "qt": qt, "nq": n_heads // n_kv, "tm": 8, "tn": 8, "mr": 4, "nr": 4, "keys": 16, "subgroup": subgroup,
         "st": ST,
         **more,
     }  # fmt: skip

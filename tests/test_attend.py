@@ -173,7 +173,7 @@ def test_variants_keep_to_the_memory_of_a_workgroup(subgroup, max_shared, is_cpu
         tile = tile_shape(device, head_dim)
         nq = divisor(group, tile["tm"] * tile["mr"])
         qt = query_tile(device, group, head_dim)
-        assert qt * nq <= tile["tm"] * tile["mr"] and 8 * tile["nr"] % tile["keys"] == 0
+        assert qt * nq <= tile["tm"] * tile["mr"] and tile["tn"] * tile["nr"] % tile["keys"] == 0
         consts = {**common, **tile, "skip": False, "qt": qt, "nq": nq, "subgroup": subgroup}
         assert workgroup_bytes("attention_tiles", consts) <= max_shared, (head_dim, group, tile)
 

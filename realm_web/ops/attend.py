@@ -177,12 +177,12 @@ def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
 
 
 def tile_shape(device: Device, head_dim: int) -> dict[str, int]:
-    """The variant of `attention_tiles`: tm * mr queries, 8 * nr keys, values of `keys` keys at a time."""
+    """The variant of `attention_tiles`: tm * mr queries, tn * nr keys, values of `keys` keys at a time."""
     mr = 4 if head_dim <= 128 else 2 if head_dim <= 256 else 1
     keys = 16 if head_dim <= 128 else 8 if head_dim <= 256 else 4
     if device.limits.max_shared < 32768 or device.info.is_cpu:
-        return {"tm": 8, "mr": mr, "nr": 4, "keys": max(4, keys // 2)}
-    return {"tm": 16, "mr": mr, "nr": 8 if device.limits.max_shared >= 40960 else 4, "keys": keys}
+        return {"tm": 8, "tn": 8, "mr": mr, "nr": 4, "keys": max(4, keys // 2)}
+    return {"tm": 16, "tn": 8, "mr": mr, "nr": 8 if device.limits.max_shared >= 40960 else 4, "keys": keys}
 
 
 def divisor(n: int, most: int) -> int:

@@ -1,21 +1,22 @@
 // Causal attention of tiles of rows over the paged KV cache (Dao et al., FlashAttention), one workgroup per (tile, `nq`
-// query heads of one kv head): `qt` rows times `nq` heads are the queries, taken by `tm` x 8 threads in squares of
-// `mr` queries x `nr` keys, then of `mr` queries x head_dim / 8 values, through workgroup memory.
+// query heads of one kv head): `qt` rows times `nq` heads are the queries, taken by `tm` x `tn` threads in squares of
+// `mr` queries x `nr` keys, then of `mr` queries x head_dim / `tn` values, through workgroup memory.
 // step, with tiles of up to `qt` rows;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv) pages
 // [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  kv, ring, window, softcap, scale: as in `attention`.
 // `skip`: tiles of one row are left to `attention`.  `keys`: how many keys' values are in workgroup memory at a time.
-// constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, skip, qt, nq, tm, mr, nr, keys,
+// constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, skip, qt, nq, tm, tn, mr, nr, keys,
 // subgroup, st
 // grid: (tiles, n_heads / nq, 1)
 # import "lib/pages.wgsl" as pages
-# set tn = 8
 # set group = n_heads // n_kv
 # set wg = tm * tn
 # set M = tm * mr
 # set N = tn * nr
 # set units = head_dim // 8
 # set slices = (head_dim + 31) // 32
-# set dv = (head_dim + 31) // 32
+# set quads = head_dim // 4
+# set dv = (quads + tn - 1) // tn
+# set tail = quads % tn
 # set shuffle = subgroup >= tn
 {{ "enable subgroups;" if shuffle }}
 {{ bind("step", "u32") }}
@@ -34,7 +35,7 @@ const NEVER = -1e30;
 {{ pages.reads("v", kv, head_dim, block_size) }}
 {{ pages.page_of(kv, n_kv, head_dim, block_size, ring) }}
 var<workgroup> qs: array<vec4<f32>, {{ 8 * (M + 1) }}>;
-# set tile = [8 * (N + 1), keys * (head_dim // 4)] | max
+# set tile = [8 * (N + 1), keys * quads] | max
 var<workgroup> kvs: array<vec4<f32>, {{ tile }}>;
 var<workgroup> ps: array<vec4<f32>, {{ M * (N // 4 + 1) }}>;
 # if not shuffle
@@ -86,9 +87,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       for (var i = lid; i < {{ 8 * M }}u; i += {{ wg }}u) {
         let m = min(i / 8u, count * {{ nq }}u - 1u);
         let quad = slice * 8u + i % 8u;
-        let at = ((row0 + m / {{ nq }}u) * {{ n_heads }}u + head0 + m % {{ nq }}u) * {{ head_dim // 4 }}u;
+        let at = ((row0 + m / {{ nq }}u) * {{ n_heads }}u + head0 + m % {{ nq }}u) * {{ quads }}u;
         # if head_dim % 32
-        qs[i % 8u * {{ M + 1 }}u + i / 8u] = select(vec4<f32>(), q[at + min(quad, {{ head_dim // 4 - 1 }}u)] * {{ "%.9g" % scale }}, quad < {{ head_dim // 4 }}u);
+        qs[i % 8u * {{ M + 1 }}u + i / 8u] = select(vec4<f32>(), q[at + min(quad, {{ quads - 1 }}u)] * {{ "%.9g" % scale }}, quad < {{ quads }}u);
         # else
         qs[i % 8u * {{ M + 1 }}u + i / 8u] = q[at + quad] * {{ "%.9g" % scale }};
         # endif
@@ -98,7 +99,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         let p = min(here + key, high - 1u);
         let page = page_of(p, table, kv_head);
         let eight = decoded(k_raw(page, p % {{ block_size }}u, {{ "min(slice * 4u + i %% 4u, %du)" % (units - 1) if head_dim % 32 else "slice * 4u + i % 4u" }}));
-        let to = i % 4u * {{ 2 * (N + 1) }}u + key / 32u * 32u + key % 4u * 8u + key % 32u / 4u;
+        let to = i % 4u * {{ 2 * (N + 1) }}u + key / {{ 4 * tn }}u * {{ 4 * tn }}u + key % 4u * {{ tn }}u + key % {{ 4 * tn }}u / 4u;
         kvs[to] = eight.a;
         kvs[to + {{ N + 1 }}u] = eight.b;
       }
@@ -109,7 +110,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         # endfor
         # for j in range(nr)
         {
-          let kk = kvs[quad * {{ N + 1 }}u + {{ j // 4 * 32 + j % 4 * 8 }}u + tn];
+          let kk = kvs[quad * {{ N + 1 }}u + {{ j // 4 * 4 * tn + j % 4 * tn }}u + tn];
           # for i in range(mr)
           s{{ i }}_{{ j // 4 }}[{{ j % 4 }}] += dot(q{{ i }}, kk);
           # endfor
@@ -124,7 +125,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       # if softcap
       s{{ i }}_{{ j }} = tanh(clamp(s{{ i }}_{{ j }} / {{ "%.9g" % softcap }}, vec4<f32>(-15.0), vec4<f32>(15.0))) * {{ "%.9g" % softcap }};
       # endif
-      let p = vec4<u32>(here + {{ 32 * j }}u + 4u * tn) + vec4<u32>(0u, 1u, 2u, 3u);
+      let p = vec4<u32>(here + {{ 4 * tn * j }}u + 4u * tn) + vec4<u32>(0u, 1u, 2u, 3u);
       s{{ i }}_{{ j }} = select(vec4<f32>(NEVER), s{{ i }}_{{ j }}, (p <= vec4<u32>(seen{{ i }})){{ " & (p + %du > vec4<u32>(seen%d))" % (window, i) if window }});
     }
     # endfor
@@ -135,9 +136,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let best{{ i }} = {{ all.text }};
     var max{{ i }} = max(max(best{{ i }}.x, best{{ i }}.y), max(best{{ i }}.z, best{{ i }}.w));
     # if shuffle
-    max{{ i }} = max(max{{ i }}, subgroupShuffleXor(max{{ i }}, 1u));
-    max{{ i }} = max(max{{ i }}, subgroupShuffleXor(max{{ i }}, 2u));
-    max{{ i }} = max(max{{ i }}, subgroupShuffleXor(max{{ i }}, 4u));
+    # for mask in (1, 2, 4, 8) if mask < tn
+    max{{ i }} = max(max{{ i }}, subgroupShuffleXor(max{{ i }}, {{ mask }}u));
+    # endfor
     # else
     red[(tm + {{ i * tm }}u) * {{ tn }}u + tn] = max{{ i }};
     # endif
@@ -162,7 +163,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       # for j in range(nr // 4)
       let w{{ j }} = select(exp(s{{ i }}_{{ j }} - highest), vec4<f32>(), s{{ i }}_{{ j }} == vec4<f32>(NEVER));
       sum{{ i }} += w{{ j }}.x + w{{ j }}.y + w{{ j }}.z + w{{ j }}.w;
-      ps[(tm + {{ i * tm }}u) * {{ N // 4 + 1 }}u + {{ 8 * j }}u + tn] = w{{ j }};
+      ps[(tm + {{ i * tm }}u) * {{ N // 4 + 1 }}u + {{ tn * j }}u + tn] = w{{ j }};
       # endfor
     }
     # endfor
@@ -182,7 +183,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         # for c in range(4)
         # for j in range(dv)
         {
-          let vv = kvs[(4u * quad + {{ c }}u) * {{ head_dim // 4 }}u + {{ "min(tn + %du, %du)" % (8 * j, head_dim // 4 - 1) if head_dim % 32 and j == dv - 1 else "tn + %du" % (8 * j) }}];
+          let vv = kvs[(4u * quad + {{ c }}u) * {{ quads }}u + {{ "min(tn + %du, %du)" % (tn * j, quads - 1) if tail and j == dv - 1 else "tn + %du" % (tn * j) }}];
           # for i in range(mr)
           acc{{ i }}_{{ j }} += w{{ i }}[{{ c }}] * vv;
           # endfor
@@ -195,9 +196,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   # for i in range(mr)
   # if shuffle
-  sum{{ i }} += subgroupShuffleXor(sum{{ i }}, 1u);
-  sum{{ i }} += subgroupShuffleXor(sum{{ i }}, 2u);
-  sum{{ i }} += subgroupShuffleXor(sum{{ i }}, 4u);
+  # for mask in (1, 2, 4, 8) if mask < tn
+  sum{{ i }} += subgroupShuffleXor(sum{{ i }}, {{ mask }}u);
+  # endfor
   # else
   red[(tm + {{ i * tm }}u) * {{ tn }}u + tn] = sum{{ i }};
   # endif
@@ -216,7 +217,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let m = tm + {{ i * tm }}u;
     if (m < count * {{ nq }}u) {
       let head = head0 + m % {{ nq }}u;
-      let at = ((row0 + m / {{ nq }}u) * {{ n_heads }}u + head) * {{ head_dim // 4 }}u;
+      let at = ((row0 + m / {{ nq }}u) * {{ n_heads }}u + head) * {{ quads }}u;
       var factor = 1.0 / sum{{ i }};
       # if sinks
       let highest = max(top{{ i }}, sinks[head]);
@@ -224,12 +225,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       factor = keep / (sum{{ i }} * keep + exp(sinks[head] - highest));
       # endif
       # for j in range(dv)
-      # if head_dim % 32 and j == dv - 1
-      if (tn + {{ 8 * j }}u < {{ head_dim // 4 }}u) {
-        out[at + tn + {{ 8 * j }}u] = acc{{ i }}_{{ j }} * factor;
+      # if tail and j == dv - 1
+      if (tn + {{ tn * j }}u < {{ quads }}u) {
+        out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }} * factor;
       }
       # else
-      out[at + tn + {{ 8 * j }}u] = acc{{ i }}_{{ j }} * factor;
+      out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }} * factor;
       # endif
       # endfor
     }

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "show what a model file holds and whether it will run",
     "quantize": "write a model again in a smaller type",
     "bench": "measure prompt processing and generation",
+    "kernels": "show the kernels of a model, and how fast each of them is",
     "tune": "measure which kernel variants are fastest here",
     "perplexity": "measure how well a model predicts a text",
     "web": "serve the page on this machine",

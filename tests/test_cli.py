@@ -274,7 +274,7 @@ def test_run_json_has_the_keys_that_scripts_rely_on(scripted, capsys):
         "token_ids": [0, 1],
         "prompt_token_ids": [104, 105],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0, "total_tokens": 4},
         "timings": {"prompt_per_second": 100.0, "predicted_per_second": 50.0, "time_to_first_token_ms": 7.0},
         "device": "cpu",
         "adapter": "scripted",

@@ -85,6 +85,7 @@ def test_run_answers_on_the_cpu_and_greedy_answers_repeat(tiny, capsys):
     assert first["usage"] == {
         "prompt_tokens": len(first["prompt_token_ids"]),
         "completion_tokens": 6,
+        "cached_tokens": 0,
         "total_tokens": len(first["prompt_token_ids"]) + 6,
     }
     assert len(first["token_ids"]) == 6 and first["finish_reason"] == "length"
@@ -137,6 +138,27 @@ def test_bench_measures_depths_batches_and_where_the_time_goes(tiny, capsys):
     parts = report["breakdown_ms"]
     assert parts["Python"] > 0 and parts["the device alone"] > 0
     assert parts["all"] >= parts["submitting"] > 0
+
+
+def test_kernels_lists_every_call_of_a_pass_and_measures_them(tiny, capsys):
+    flags = ["--device", "cpu", "--prompt-tokens", "9", "--batch", "1,3", "--runs", "2"]
+    listed = run_json(capsys, "kernels", str(tiny.path), *flags)
+    assert listed["passes"].keys() == {"decode", "decode x3", "prompt of 9"}
+    assert all(line["microseconds"] is None for line in listed["passes"]["decode"])
+    measured = run_json(capsys, "kernels", str(tiny.path), *flags, "--bench")
+    for name, lines in measured["passes"].items():
+        assert [line["kernel"] for line in lines] == [line["kernel"] for line in listed["passes"][name]]
+        assert all(line["microseconds"] > 0 for line in lines)
+        products = [line for line in lines if line["bytes"]]
+        assert products and all(line["percent_of_bandwidth"] > 0 for line in products)
+        assert all(line["tflops"] > 0 for line in lines if line["flops"])
+
+
+def test_kernels_shows_only_those_asked_for(tiny, capsys):
+    flags = ["--device", "cpu", "--prompt-tokens", "9", "--bench", "-k", "ffn_down", "--runs", "1"]
+    assert main(["kernels", str(tiny.path), *flags]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ffn" in line]
+    assert len(lines) == 2 and all("ffn_down" in line for line in lines)
 
 
 # ---- bad input: one line on stderr, exit code 2

@@ -36,13 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d",
         "--depth",
-        type=_numbers,
+        type=options.numbers,
         default=(0,),
         metavar="N,N",
         help="tokens of context before (default: 0)",
     )
     parser.add_argument(
-        "--batch", type=_numbers, default=(), metavar="N,N", help="sequences at once (default: one only)"
+        "--batch",
+        type=options.numbers,
+        default=(),
+        metavar="N,N",
+        help="sequences at once (default: one only)",
     )
     parser.add_argument(
         "--breakdown", action="store_true", help="where the time of one token goes: Python, submitting, GPU"
@@ -55,10 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options.add_engine(parser)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
 
 
 def main(args: argparse.Namespace) -> int:

@@ -93,6 +93,15 @@ def add_engine(parser: argparse.ArgumentParser, *, context: int | None = None) -
     )
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """The type of a flag that takes several numbers.
+
+    >>> numbers("1,8,32")
+    (1, 8, 32)
+    """
+    return tuple(int(word) for word in text.split(","))
+
+
 def _kv_tokens(text: str) -> int | str:
     return text if text == "max" else int(text)
 

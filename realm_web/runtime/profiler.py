@@ -191,10 +191,13 @@ class HostTime:
     """
 
     def __init__(self) -> None:
+        self.last: Program | None = None
+        self.reset()
+
+    def reset(self) -> None:
         self.n_steps = 0
         self.submitting = 0.0
         self.handing_on = 0.0  # less what was submitted meanwhile
-        self.last: Program | None = None
 
     def run(self, program: Program) -> Readback | None:
         start = time.perf_counter()

@@ -16,7 +16,6 @@ import blocks
 import numpy as np
 
 from realm_web import dequant, grids
-from realm_web.ops import matmuls
 from realm_web.quants import FORMATS
 from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
 
@@ -241,13 +240,9 @@ def short_conv_cases() -> Iterator[Case]:
 
 def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[str, Any] | None:
     """The constants with the device's subgroup size for -1; None where the device lacks what it takes."""
-    units = matmuls.units_of(features)
-    if not set(case.needs) <= features | {"matrix units"} or ("matrix units" in case.needs and not units):
+    if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
         return None
-    if case.subgroup and not subgroup_size:
-        return None
-    consts = case.consts | ({"units": units} if "units" in case.consts else {})
-    return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in consts.items()}
+    return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}
 
 
 def grid_of(case: Case, consts: dict[str, Any]) -> tuple[int, ...]:

@@ -90,10 +90,10 @@ def units_cases() -> Iterator[Case]:
             return [rows, 2.0 ** rng.integers(-9, 9, m).astype(np.float32)]
 
         consts, tensors, out, grid = _product(fmt, m, n, k, act, bias, residual, offset, tuning, x)
-        consts |= {"rows": m, "units": ""}  # the words of this device's compiler
+        consts |= {"rows": m}
         name = f"matmul_units {fmt} {m}x{n}x{k}{' ' * bool(act) + act} {tuning}"
         tolerance = FMA if fmt in ("F16", "BF16") else HALF  # the weights, too, become float16
-        return Case(name, "matmul_units", consts, tensors, (3 + out,), grid, tolerance, ("matrix units",))
+        return Case(name, "matmul_units", consts, tensors, (3 + out,), grid, tolerance, ("subgroup_matrix",))
 
     tiles = {"bm": 32, "bn": 64, "sm": 32, "sn": 32, "chunks": 1, "stages": 1, "splits": 1}
     for fmt in FORMATS:

@@ -12,15 +12,9 @@ from realm_web.quants import QuantFormat
 from realm_web.runtime.device import Device, View
 from realm_web.tensor import Tensor
 
-UNITS = {"coop_matrix": "naga", "subgroup_matrix": "tint"}  # feature -> the words that its compiler has
 ENOUGH = 512  # workgroups that fill a large GPU
 MOST_SHARES = 8
 LEAST_TURNS = 4  # of its loop that a share must be worth
-
-
-def units_of(features: frozenset[str]) -> str:
-    """How kernels name the matrix units of a device with such features; "" where it has none for them."""
-    return next((words for feature, words in UNITS.items() if feature in features), "")
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
     """Tiles for m rows times n rows of k weights, measured on an NVIDIA H200 (bench/NOTES.md)."""
     bm = next((bm for bm in (16, 32) if m <= bm), 64)
     if x_as == "halves":
-        return _cut(_units(units_of(device.features), bm, 128 if n >= 1 << 14 or m > 64 else 64), n, k, m)
+        return _cut(_units(bm, 128 if n >= 1 << 14 or m > 64 else 64), n, k, m)
     if x_as == "f32":
         return _cut(_tiles(x_as, min(bm, 32), 64, 4, 4, 1), n, k, m)
     chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
@@ -54,8 +48,8 @@ def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
     return Tiles("matmul", bm, bn, tuning, group=bn // tn)
 
 
-def _units(units: str, bm: int, bn: int) -> Tiles:
-    tuning = (("units", units), ("sm", min(bm, 32)), ("sn", 32), ("chunks", 1), ("stages", 1))
+def _units(bm: int, bn: int) -> Tiles:
+    tuning = (("sm", min(bm, 32)), ("sn", 32), ("chunks", 1), ("stages", 1))
     return Tiles("matmul_units", bm, bn, tuning, group=16)
 
 
@@ -109,10 +103,8 @@ def record(
 
 def _has_units(device: Device) -> bool:
     """Whether `matmul_units` runs there: it takes subgroups of 32 and some room."""
-    roomy = device.limits.max_shared >= 24 << 10
-    return (
-        bool(units_of(device.features)) and "f16" in device.features and device.subgroup_size == 32 and roomy
-    )
+    has = {"subgroup_matrix", "f16"} <= device.features
+    return has and device.subgroup_size == 32 and device.limits.max_shared >= 32 << 10
 
 
 def _form(r: Recorder, weight: QuantFormat, exact: bool) -> str:

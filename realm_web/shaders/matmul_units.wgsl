@@ -7,7 +7,7 @@
 // splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
 // With act a tile's rows of weights are 16 gate rows, their 16 up rows, the next 16 gate rows...
 // constants: fmt, k, n, rows (of x at most), act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
-// tuning: units, bm, bn, sm, sn, chunks, stages (2: one turn's tiles are made while those before are used), splits
+// tuning: bm, bn, sm, sn, chunks, stages (2: one turn's tiles are made while those before are used), splits
 // grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/units.wgsl" as unit
@@ -21,7 +21,7 @@
 # set share = k // 32 // splits
 # set n_w = (bn * chunks + wg - 1) // wg
 # set n_x = (bm * chunks * 4 + wg - 1) // wg
-{{ unit.enable(units) }}
+{{ unit.enable() }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>") }}
 {{ bind("x_scale", "f32") }}
@@ -61,7 +61,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endfor
   # for j in range(sn // 16)
   # for i in range(sm // 16)
-  var sum{{ j }}_{{ i }} = {{ unit.zero(units) }};
+  var sum{{ j }}_{{ i }} = subgroup_matrix_result<f32, 16, 16>();
   # endfor
   # endfor
   let begin = wid.z * {{ share }}u;
@@ -132,14 +132,14 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     # for kk in range(0, 32 * chunks, 16)
     {
       # for i in range(sm // 16)
-      let b{{ i }} = {{ unit.load_b(units, "xs", "x_here + %du + sm0 + %du" % (kk * x_stride, 16 * i), x_stride) }};
+      let b{{ i }} = {{ unit.load("right", "xs", "x_here + %du + sm0 + %du" % (kk * x_stride, 16 * i), x_stride) }};
       # endfor
       # for j in range(sn // 16)
       {
-        let a = {{ unit.load_a(units, "ws", "w_here + (sn0 + %du) * %du + %du" % (16 * j, w_stride, kk), w_stride) }};
+        let a = {{ unit.load("left", "ws", "w_here + (sn0 + %du) * %du + %du" % (16 * j, w_stride, kk), w_stride) }};
         # for i in range(sm // 16)
         # set sum = "sum%d_%d" % (j, i)
-        {{ sum }} = {{ unit.add(units, "a", "b%d" % i, sum) }};
+        {{ sum }} = subgroupMatrixMultiplyAccumulate(a, b{{ i }}, {{ sum }});
         # endfor
       }
       # endfor
@@ -152,12 +152,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # for i in range(sm // 16)
   # if splits > 1
   # for j in range(sn // 16)
-  {{ unit.keep(units, "sum%d_%d" % (j, i), "out", "((wid.z * n_wg.y * %du + m0 + sm0 + %du) * n_wg.x + wid.x) * %du + sn0 + %du" % (bm, 16 * i, bn, 16 * j), "n_wg.x * %d" % bn) }}
+  {{ unit.keep("sum%d_%d" % (j, i), "out", "((wid.z * n_wg.y * %du + m0 + sm0 + %du) * n_wg.x + wid.x) * %du + sn0 + %du" % (bm, 16 * i, bn, 16 * j), "n_wg.x * %d" % bn) }}
   # endfor
   # else
   # for j in range(0, sn // 16, parts)
   # for p in range(parts)
-  {{ unit.keep(units, "sum%d_%d" % (j + p, i), "tile", "lid / 32u * %du + %du" % (256 * parts, 256 * p), 16) }}
+  {{ unit.keep("sum%d_%d" % (j + p, i), "tile", "lid / 32u * %du + %du" % (256 * parts, 256 * p), 16) }}
   # endfor
   workgroupBarrier();
   for (var t = lid % 32u; t < 256u; t += 32u) {

@@ -86,6 +86,9 @@ class Matcher(Protocol):
         """Give its memory back at once; the matcher must not be used afterwards."""
 
 
+Rows = Sequence[tuple[Matcher, int]]  # which matcher's mask goes to which row
+
+
 class GrammarEngine(Protocol):
     """Compiles constraints for one vocabulary."""
 
@@ -95,7 +98,7 @@ class GrammarEngine(Protocol):
     def compile(self, response_format: Mapping[str, object]) -> Matcher:
         """A matcher for one answer. RequestError says what is wrong with the format."""
 
-    def fill(self, rows: Sequence[tuple[Matcher, int]], masks: bytearray) -> None:
+    def fill(self, rows: Rows, masks: bytearray) -> None:
         """Write the mask of each matcher at its row of `masks`, (n, ceil(n_vocab / 32)) u32."""
 
 

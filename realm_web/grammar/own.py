@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from realm_web.errors import RequestError
-from realm_web.grammar import MAX_SPACE, Constraint, Matcher, end_mask, read_response_format, token_table
+from realm_web.grammar import MAX_SPACE, Constraint, Rows, end_mask, read_response_format, token_table
 from realm_web.grammar.ebnf import parse_ebnf
 from realm_web.grammar.machine import Machine, Place
 from realm_web.grammar.regex import parse_regex
@@ -64,7 +64,7 @@ class OwnGrammarEngine:
             raise RequestError("response_format asks for any text: there is nothing to compile")
         return OwnMatcher(self, self._compiled(constraint))
 
-    def fill(self, rows: Sequence[tuple[Matcher, int]], masks: bytearray) -> None:
+    def fill(self, rows: Rows, masks: bytearray) -> None:
         n_bytes = len(self.end_mask)
         for matcher, row in rows:
             masks[row * n_bytes : (row + 1) * n_bytes] = matcher.mask()

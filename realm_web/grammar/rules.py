@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from realm_web.errors import RequestError
 
-MAX_STATES = 200_000
+MAX_STATES = 100_000
 LAST = 0x10FFFF  # the last code point
 _SURROGATES = (0xD800, 0xDFFF)
 

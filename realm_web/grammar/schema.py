@@ -3,8 +3,7 @@
 Exact or refused: every text of the rules is valid JSON that the schema accepts, and a keyword that cannot
 be said so is a RequestError that names it. Where there is a choice of spelling, rules are narrower than the
 schema: properties come in the order of the schema (as with llguidance), values of `enum` and `const` in one
-spelling, and a `\\u` escape only where JSON demands one, so that no property can come twice under two
-spellings.
+spelling, and `\\u` escapes not at all, so that no property can pass for another one.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ _OF_TYPE = {
 }
 _TYPES = tuple(_OF_TYPE)
 _FORMATS = {
-    "date": r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d)",  # the 29th to 31st are not in every month
+    "date": r"\d{4}-"  # no 29th of February: not every year has one
+    r"((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))",
     "time": r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)",
     "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)",
@@ -60,13 +60,7 @@ _FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
 _MUST_ESCAPE: Ranges = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F))  # DEL as in llguidance
 _PLAIN = Chars(complement(_MUST_ESCAPE))
 _SHORT = {0x08: "b", 0x09: "t", 0x0A: "n", 0x0C: "f", 0x0D: "r", 0x22: '"', 0x5C: "\\"}
-_HEX = chars((0x30, 0x39), "abcdefABCDEF")
-_ESCAPE = sequence(
-    "\\",
-    choice(
-        chars('"\\bfnrt'), sequence("u00", choice(sequence(chars("01"), _HEX), sequence("7", chars("fF"))))
-    ),
-)
+_ESCAPE = sequence("\\", chars('"\\bfnrt'))
 _SPACE = Call("space")
 _VALUE = Call("value")
 
@@ -91,7 +85,7 @@ def _json_rules(max_space: int) -> dict[str, Node]:
         "number": sequence(
             whole,
             optional(sequence(".", Repeat(digit, 1))),
-            optional(sequence(chars("eE"), optional(chars("+-")), Repeat(digit, 1, 3))),
+            optional(sequence(chars("eE"), optional(chars("+-")), Repeat(digit, 1))),
         ),
         "value": choice(*map(Call, ("object", "array", "string", "number")), "true", "false", "null"),
         "object": _braced("{", _list(_pair(Call("string"), _VALUE)), "}"),
@@ -378,18 +372,19 @@ def _type_of(value: object) -> set[str]:
 
 def _from_to(low: int, high: int | None) -> Node:
     """Whole numbers from low (0 or more) to high, written without leading zeros."""
-    digit = chars((0x30, 0x39))
+    digit, first = chars((0x30, 0x39)), chars((0x31, 0x39))
+    shortest = len(str(low))
     if high is None:
-        n_digits = len(str(low))
-        more = sequence(chars((0x31, 0x39)), Repeat(digit, n_digits))
-        return choice(_same_length(str(low), "9" * n_digits), more)
+        more = sequence(first, Repeat(digit, shortest))
+        return choice(_same_length(str(low), "9" * shortest), more)
     if high < low:
         return Choice(())
-    parts = []
-    for n_digits in range(len(str(low)), len(str(high)) + 1):
-        first = max(low, 10 ** (n_digits - 1) if n_digits > 1 else 0)
-        last = min(high, 10**n_digits - 1)
-        parts.append(_same_length(str(first), str(last)))
+    longest = len(str(high))
+    if shortest == longest:
+        return _same_length(str(low), str(high))
+    parts = [_same_length(str(low), "9" * shortest), _same_length(f"1{'0' * (longest - 1)}", str(high))]
+    if longest - shortest > 1:
+        parts.append(sequence(first, Repeat(digit, shortest, longest - 2)))
     return Choice(tuple(parts))
 
 
@@ -397,8 +392,8 @@ def _same_length(low: str, high: str) -> Node:
     """Numbers of as many digits, from low to high."""
     rest = len(low) - 1
     digit = chars((0x30, 0x39))
-    if not low:
-        return EMPTY
+    if low == "0" * len(low) and high == "9" * len(high):
+        return Repeat(digit, len(low), len(low))
     if low[0] == high[0]:
         return sequence(low[0], _same_length(low[1:], high[1:]))
     parts = [
@@ -418,9 +413,8 @@ def _inside_string(node: Node) -> Node:
             plain = intersection(ranges, complement(_MUST_ESCAPE))
             escaped: list[Node] = [Chars(plain)] if plain else []
             for low, high in intersection(ranges, _MUST_ESCAPE):
-                escaped += [
-                    Literal("\\" + _SHORT.get(point, f"u{point:04x}")) for point in range(low, high + 1)
-                ]
+                points = (point for point in range(low, high + 1) if point in _SHORT)
+                escaped += [Literal("\\" + _SHORT[point]) for point in points]
             return Choice(tuple(escaped))
         case Repeat(item, low, high):
             return Repeat(_inside_string(item), low, high)

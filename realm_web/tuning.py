@@ -3,7 +3,7 @@
 Every variant gives the same numbers up to rounding, so this is about time alone. An adapter that has not seen
 a product before times a few variants of it over the model's own weights, which takes well under a second a
 product; the outcome is kept by adapter, driver and text of the kernel. Where nothing is measured (software
-devices, or time is up) `ops.choose_matvec` has defaults. Knows weights; knows no architecture and no file.
+devices, or time is up) `matrices.default_matvec` stands. Knows weights; knows no architecture and no file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Protocol
 
 from realm_web.errors import FormatError
-from realm_web.ops import Activations, Recorder, linear
-from realm_web.ops.matrices import MATVEC_ROWS, Matvec, default_matvec, product_key
+from realm_web.ops import MATVEC_ROWS, Activations, Recorder, linear, makes_bytes
+from realm_web.ops.matrices import Matvec, Shape, default_matvec, shape_of
 from realm_web.quants import activation_words
 from realm_web.runtime import profiler
-from realm_web.runtime.device import Device, Program, View
+from realm_web.runtime.device import Device, Program
 from realm_web.runtime.template import SHADERS
 from realm_web.step import StepLayout
 from realm_web.tensor import Tensor, Weight
@@ -32,6 +32,7 @@ SECONDS = 3.0  # for all products of a model
 ROWS = (1, MATVEC_ROWS)  # of activations: one conversation, and as many as one reading of the weights serves
 CALLS = 24  # of a variant in a run, over as many layers' weights
 RUNS = 4
+WARM_UP = 0.01  # seconds
 
 
 class Store(Protocol):
@@ -86,18 +87,31 @@ class Product:
 
     weights: tuple[Weight, ...]
     act: str
+    x: str  # "norm", "plain" or "bytes", as `Transformer.matrices` has it
 
-    @property
-    def n(self) -> int:
-        """Outputs; with a gate half of the weight's rows."""
-        return self.weights[0].shards[0].n_rows // (2 if self.act else 1)
+    def input(self, r: Recorder) -> Activations:
+        """Activations of the kind that this product gets."""
+        k = self.weights[0].k
+        if self.x == "bytes":
+            return Activations.made(r.scratch("bytes", r.n_rows, activation_words(k)), r.n_rows, k)
+        norm = r.scratch("norm", k) if self.x == "norm" else None
+        return Activations(r.scratch("x", r.n_rows, k), norm, 1e-5)
 
-    def key(self, m: int) -> str:
+    def to_bytes(self, r: Recorder) -> bool:
+        return bool(self.act) and makes_bytes(r, self.weights[0], self.act)
+
+    def shape(self, r: Recorder) -> Shape:
         weight = self.weights[0]
-        return product_key(weight.fmt.name, self.n, weight.k, m, act=bool(self.act))
+        return shape_of(r, self.input(r), weight, r.n_rows, self.act, to_bytes=self.to_bytes(r))
 
-    def default(self, device: Device, m: int) -> Matvec:
-        return default_matvec(device, self.n, self.weights[0].k, m, ints=True, act=bool(self.act))
+    def record(self, r: Recorder) -> None:
+        """The product again and again, over the weights of many layers: caches are as cold as in a pass."""
+        x, to_bytes = self.input(r), self.to_bytes(r)
+        n = self.weights[0].n // (2 if self.act else 1)
+        out = r.scratch("out", r.n_rows, activation_words(n) if to_bytes else n)
+        for i in range(CALLS):
+            weight = self.weights[i % len(self.weights)]
+            linear(r, x, weight, out, act=self.act, to_bytes=to_bytes)
 
 
 @dataclass(frozen=True)
@@ -115,36 +129,38 @@ class Timing:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
-def products(matrices: Iterable[tuple[Weight, str]]) -> list[Product]:
-    """The matrices of a model, each with its activation or "", those alike together; floats are left out."""
+def products(matrices: Iterable[tuple[Weight, str, str]]) -> list[Product]:
+    """Of what `Transformer.matrices` lists those alike together, without floats."""
     alike: dict[tuple, list[Weight]] = {}
-    for weight, act in matrices:
+    for weight, act, x in matrices:
         if weight.fmt.is_quantised:
-            shape = weight.fmt.name, weight.shards[0].n_rows, weight.k, act
+            shape = weight.fmt.name, weight.shards[0].n_rows, weight.k, act, x
             alike.setdefault(shape, []).append(weight)
-    return [Product(tuple(weights), act) for (*_, act), weights in alike.items()]
+    return [Product(tuple(weights), act, x) for (*_, act, x), weights in alike.items()]
 
 
-def candidates(default: Matvec, k: int, *, act: bool) -> tuple[Matvec, ...]:
-    """The default, then what differs from it in one or two constants and could be faster."""
+def candidates(default: Matvec, shape: Shape, largest: int) -> tuple[Matvec, ...]:
+    """The default, then what could be faster in workgroups of at most `largest` threads."""
     size = default.subgroup or 16
-    chunks = k // 32
     found = [default]
-    for lanes in (size, 2 * size, 4 * size):
-        for rows in (1, 2, 4):
-            for unroll in (1, 2, 4):
-                variant = replace(default, lanes=lanes, rows=rows, unroll=unroll, wg=max(default.wg, lanes))
-                if variant not in found and _sensible(variant, chunks, act=act):
-                    found.append(variant)
+    for wg in (256, 512) if shape.own or shape.to_bytes else (256,):
+        for lanes in (size, 2 * size, 4 * size):
+            for rows in (1, 2, 4):
+                for unroll in (1, 2):
+                    variant = replace(default, lanes=lanes, rows=rows, unroll=unroll, wg=wg)
+                    if wg <= largest and variant not in found and _sensible(variant, shape):
+                        found.append(variant)
     return tuple(found)
 
 
-def _sensible(v: Matvec, chunks: int, *, act: bool) -> bool:
-    """Neither idle lanes, nor more loads and sums than a thread has registers for."""
-    if v.lanes * v.unroll > max(chunks, v.subgroup or 16):
+def _sensible(v: Matvec, shape: Shape) -> bool:
+    """Neither idle lanes, nor more loads and sums than a thread has registers for; whole chunks of bytes."""
+    if v.lanes > v.wg or v.lanes * v.unroll > max(shape.k // 32, v.subgroup or 16):
         return False
-    loads = v.rows * v.unroll * (2 if act else 1)
-    sums = v.rows * v.m_tile * (2 if act else 1)
+    if shape.to_bytes and v.wg // v.lanes * v.rows % 32:
+        return False
+    loads = v.rows * v.unroll * (1 + shape.act)
+    sums = v.rows * v.m_tile * (1 + shape.act)
     return loads <= 8 and sums <= 32 and (v.m_tile == 1 or v.unroll == 1)
 
 
@@ -187,7 +203,7 @@ def store_name(device: Device) -> str:
 
 async def tune(
     device: Device,
-    matrices: Iterable[tuple[Weight, str]],
+    matrices: Iterable[tuple[Weight, str, str]],
     store: Store,
     *,
     again: bool = False,
@@ -203,12 +219,16 @@ async def tune(
     name = store_name(device)
     known = await _remembered(store, name)
     device.tuned = dict(known)
-    todo = [(p, m) for p in products(matrices) for m in ROWS if again or p.key(m) not in known]
-    if not todo:
-        return []
-    if on_message:
-        on_message(f"measuring {len(todo)} products on {device.name} (once)")
-    timings = best(await measure(device, todo, seconds))
+    bench = _Bench(device, products(matrices))
+    try:
+        todo = [at for at in bench.places if again or str(bench.shape(*at)) not in known]
+        if not todo:
+            return []
+        if on_message:
+            on_message(f"measuring {len(todo)} products on {device.name} (once)")
+        timings = best(await bench.measure(todo, seconds))
+    finally:
+        bench.close()
     device.tuned |= {timing.key: timing.variant for timing in timings if timing.chosen}
     await store.put(name, encode(device.name, device.tuned))
     return timings
@@ -223,75 +243,90 @@ async def _remembered(store: Store, name: str) -> dict[str, Matvec]:
         return {}
 
 
-async def measure(
-    device: Device, todo: Sequence[tuple[Product, int]], seconds: float = SECONDS
-) -> list[Timing]:
-    """The time of every variant of each product with m rows, until `seconds` are over.
+class _Bench:
+    """Scratch memory that is large enough for every product, and the programs that time them."""
 
-    `device.tuned` is what it was before.
-    """
-    layout = StepLayout(max_rows=MATVEC_ROWS, max_seqs=1, max_blocks=1)
-    step = device.alloc(4 * layout.n_words, "tuning")
-    rows = range(MATVEC_ROWS)
-    device.write(
-        step, layout.pack(tokens=rows, positions=rows, row_seqs=rows, records=[], tiles=[], advance=False)
-    )
-    arena = _scratch(device, [product for product, _ in todo])
-    before, timings, end = device.tuned, [], time.perf_counter() + seconds
-    try:
-        for product, m in todo:
-            if time.perf_counter() > end:
-                break
-            tried = candidates(product.default(device, m), product.weights[0].k, act=bool(product.act))
-            programs = []
-            for variant in tried:
-                device.tuned = {product.key(m): variant}
-                programs.append(_program(device, product, m, layout, device.view(step), arena))
-            await device.compile()
-            for variant, program in zip(tried, programs, strict=True):
-                spent = await _seconds(device, program) / CALLS
-                timings.append(Timing(product.key(m), variant, spent, product.weights[0].nbytes))
-    finally:
-        device.tuned = before
-        for buffer in (step, *(tensor.buffer for tensor in arena.values())):
-            device.free(buffer)
-    return timings
+    def __init__(self, device: Device, products: Sequence[Product]):
+        self._device, self._products = device, products
+        self._layout = StepLayout(max_rows=MATVEC_ROWS, max_seqs=1, max_blocks=1)
+        rows = range(MATVEC_ROWS)
+        words = self._layout.pack(
+            tokens=rows, positions=rows, row_seqs=rows, records=[], tiles=[], advance=False
+        )
+        self._step = device.alloc(len(words), "tuning")
+        device.write(self._step, words)
+        k = max((product.weights[0].k for product in products), default=32)
+        n = max((product.weights[0].n for product in products), default=32)
+        sizes = {"norm": k, "x": MATVEC_ROWS * k, "out": MATVEC_ROWS * 2 * n}
+        for name in ("bytes", "activations in bytes"):
+            sizes[name] = MATVEC_ROWS * activation_words(k)
+        self._arena = {
+            name: Tensor.alloc(device, (size,), "f32", f"tuning {name}") for name, size in sizes.items()
+        }
 
+    @property
+    def places(self) -> list[tuple[Product, int]]:
+        """Every product with every number of rows."""
+        return [(product, m) for product in self._products for m in ROWS]
 
-def _scratch(device: Device, products: Sequence[Product]) -> dict[str, Tensor]:
-    """What the programs of all products share, large enough for each."""
-    k = max(product.weights[0].k for product in products)
-    sizes = {
-        "x": k,
-        "activations in bytes": activation_words(k),
-        "out": max(product.weights[0].n for product in products),
-    }
-    return {
-        name: Tensor.alloc(device, (MATVEC_ROWS * size,), "f32", f"tuning {name}")
-        for name, size in sizes.items()
-    }
+    def shape(self, product: Product, m: int) -> Shape:
+        return product.shape(self._recorder(m))
 
+    async def measure(self, todo: Iterable[tuple[Product, int]], seconds: float) -> list[Timing]:
+        """The time of every variant, until `seconds` are over. `device.tuned` is what it was before."""
+        device, timings = self._device, []
+        before, end = device.tuned, time.perf_counter() + seconds
+        try:
+            for product, m in todo:
+                if time.perf_counter() > end:
+                    break
+                timings += await self._measure(product, m)
+        finally:
+            device.tuned = before
+        return timings
 
-def _program(
-    device: Device, product: Product, m: int, layout: StepLayout, step: View, arena: dict[str, Tensor]
-) -> Program:  # fmt: skip
-    """The product again and again, over the weights of many layers: caches are as cold as in a pass."""
-    program = device.program(f"tuning {product.key(m)}")
-    r = Recorder(
-        device, program, layout, step, step, n_rows=m, n_seqs=1, qt=1, context=1, arena=arena, exact=False
-    )
-    x = Activations(r.scratch("x", m, product.weights[0].k))
-    out = r.scratch("out", m, product.weights[0].n // (2 if product.act else 1))
-    for i in range(CALLS):
-        linear(r, x, product.weights[i % len(product.weights)], out, act=product.act)
-    return program
+    async def _measure(self, product: Product, m: int) -> list[Timing]:
+        device, shape = self._device, self.shape(product, m)
+        default = default_matvec(device, shape, ints=True)
+        tried = candidates(default, shape, device.limits.max_invocations)
+        programs = []
+        for variant in tried:
+            device.tuned = {str(shape): variant}
+            r = self._recorder(m)
+            product.record(r)
+            programs.append(r.program)
+        await device.compile()
+        await self._warm_up(programs[0])
+        nbytes = product.weights[0].nbytes
+        return [
+            Timing(str(shape), variant, await self._seconds(program) / CALLS, nbytes)
+            for variant, program in zip(tried, programs, strict=True)
+        ]
 
+    async def _warm_up(self, program: Program) -> None:
+        """A GPU that has waited for the compiler runs slowly at first."""
+        end = time.perf_counter() + WARM_UP
+        while time.perf_counter() < end:
+            self._device.submit(program, RUNS)
+            await self._device.synchronize()
 
-async def _seconds(device: Device, program: Program) -> float:
-    """Of one run, warm; of its matrix products alone where the device tells."""
-    if "timestamps" not in device.features:
-        return await profiler.timed(device, program, RUNS)
-    device.submit(program)
-    spent = await device.time_program(program, RUNS)
-    steps = zip(program.steps, spent, strict=True)
-    return sum(seconds for step, seconds in steps if step.kernel.name == "matvec")
+    async def _seconds(self, program: Program) -> float:
+        """Of one run, warm; of its matrix products alone where the device tells."""
+        device = self._device
+        if "timestamps" not in device.features:
+            return await profiler.timed(device, program, RUNS)
+        device.submit(program)
+        spent = await device.time_program(program, RUNS)
+        steps = zip(program.steps, spent, strict=True)
+        return sum(seconds for step, seconds in steps if step.kernel.name == "matvec")
+
+    def _recorder(self, m: int) -> Recorder:
+        device, step = self._device, self._device.view(self._step)
+        return Recorder(
+            device, device.program("tuning"), self._layout, step, step, n_rows=m, n_seqs=1, qt=1, context=1,
+            arena=self._arena, exact=False,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for buffer in (self._step, *(tensor.buffer for tensor in self._arena.values())):
+            self._device.free(buffer)

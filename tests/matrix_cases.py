@@ -65,7 +65,12 @@ def norm_cases() -> Iterator[Case]:
 
 
 def quantise_cases() -> Iterator[Case]:
-    for k, times, per_seq in ((32, 1, False), (96, 2, False), (320, 1, True)):
+    for k, times, per_seq, subgroup in (
+        (32, 1, False, 0),
+        (96, 2, False, -1),
+        (320, 1, True, 0),
+        (576, 1, False, -1),
+    ):
 
         def tensors(rng, k=k):
             x = normal(rng, 8, k) * np.exp2(rng.integers(-30, 30, (8, k // 32)).repeat(32, axis=1))
@@ -74,10 +79,12 @@ def quantise_cases() -> Iterator[Case]:
             out = np.zeros((8, activation_words(k)), np.uint32)
             return [step_words([(0, 3), (9, 1)], rng=rng), x.astype(np.float32), out]
 
-        consts = {"k": k, "times": times, "per_seq": per_seq, "st": ST}
-        name = f"quantise {k} times {times}{' by sequence' * per_seq}"
-        grid = (-(-8 * k // 32 // 64),)
-        yield Case(name, "quantise", consts, tensors, (2,), grid, STEP, dtype=f"bytes of {k}")
+        consts = {"k": k, "times": times, "per_seq": per_seq, "subgroup": subgroup, "st": ST}
+        name = f"quantise {k} times {times}{' by sequence' * per_seq}{' subgroups' * bool(subgroup)}"
+        grid, needs = (-(-k // 4 // 64), 8), ("subgroups",) * bool(subgroup)
+        yield Case(
+            name, "quantise", consts, tensors, (2,), grid, STEP, needs, subgroup, dtype=f"bytes of {k}"
+        )
 
 
 def matvec_tensors(
@@ -129,24 +136,25 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
 
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
-             bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32"):  # fmt: skip
-        stride = n + offset
+             bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32",
+             out_as="f32"):  # fmt: skip
+        stride = activation_words(n) if out_as == "ints" else n + offset
         tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as)
         consts = {
             "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
             "softcap": softcap, "out_stride": stride,
-            "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "lanes": lanes, "rows": rows,
+            "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as, "lanes": lanes, "rows": rows,
             "wg": wg, "m_tile": m_tile, "unroll": unroll, "subgroup": subgroup, "grid_x": fold, "st": ST,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
             f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
-            f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}"
+            f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
-        return Case(
-            name, "matvec", consts, tensors, (out,), grid, FMA, ("subgroups",) * bool(subgroup), subgroup
-        )
+        tolerance, dtype = (STEP, f"bytes of {n}") if out_as == "ints" else (FMA, "f32")
+        needs = ("subgroups",) * bool(subgroup)
+        return Case(name, "matvec", consts, tensors, (out,), grid, tolerance, needs, subgroup, dtype)
 
     for fmt in FORMATS:
         yield case(fmt)
@@ -170,6 +178,14 @@ def matvec_cases() -> Iterator[Case]:
     yield case("F16", lanes=8, rows=2, wg=32, fold=2, n=37)
     yield case("Q4_K", lanes=1, m=20, m_tile=8, act="silu_mul")
     yield case("Q4_0", lanes=-1, subgroup=-1, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=128)
+    for m, x_as in (
+        (1, "norm"),
+        (3, "ints"),
+    ):  # 8 groups of 4 or 16 rows: one chunk or four of what comes out
+        bytes_of = {"act": "silu_mul", "m": m, "m_tile": m, "x_as": x_as, "out_as": "ints", "wg": 64}
+        yield case("Q4_K", lanes=8, subgroup=-1, rows=4, n=96, **bytes_of)
+        yield case("Q4_0", lanes=4, subgroup=-1, rows=2, n=160, k=288, fold=2, **bytes_of)
+        yield case("Q6_K", lanes=16, subgroup=-1, rows=8, n=64, **bytes_of)
     yield case("Q4_0", lanes=16, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=32)
     yield case("Q5_0", lanes=32, rows=2, x_as="quantise", k=576, n=37, offset=8, wg=64, fold=2)
     yield case("Q6_K", lanes=64, rows=2, x_as="quantise", k=2304, n=9, wg=128, subgroup=-1)

@@ -10,7 +10,7 @@ import tiny
 from realm_web import tuning
 from realm_web.__main__ import main
 from realm_web.errors import FormatError
-from realm_web.ops.matrices import Matvec, choose_matvec, product_key
+from realm_web.ops.matrices import Matvec, Shape, choose_matvec
 from realm_web.quants import FORMATS
 from realm_web.runtime import adapters
 from realm_web.runtime.adapters import open_device
@@ -35,7 +35,12 @@ def device():
 
 def matrices(device, n=64, k=256):
     weights = [Weight.alloc(device, FORMATS["Q4_0"], n, k, f"blk.{i}.w") for i in range(2)]
-    return [(weights[0], ""), (weights[1], ""), (Weight.alloc(device, FORMATS["F16"], n, k, "plain"), "")]
+    plain = Weight.alloc(device, FORMATS["F16"], n, k, "plain")
+    return [(weights[0], "", "norm"), (weights[1], "", "norm"), (plain, "", "norm")]
+
+
+def shape(m: int) -> Shape:
+    return Shape("Q4_0", 64, 256, m, act=False, own=m == 1)
 
 
 def test_the_fastest_variant_of_each_product_is_chosen():
@@ -48,16 +53,18 @@ def test_the_default_stays_where_another_is_hardly_faster():
 
 
 def test_candidates_begin_with_the_default_and_are_all_different():
-    for m_tile in (1, 8):
-        default = replace(DEFAULT, m_tile=m_tile, unroll=1)
+    for m in (1, 8):
+        default = replace(DEFAULT, m_tile=m, unroll=1)
         for k in (576, 4096, 14336):
             for act in (False, True):
-                found = tuning.candidates(default, k, act=act)
+                of = Shape("Q4_K", 4096, k, m, act, own=m == 1, to_bytes=act and m == 1)
+                found = tuning.candidates(default, of, 512)
                 assert found[0] == default
                 assert len(set(found)) == len(found)
-                assert {v.m_tile for v in found} == {m_tile}
+                assert {v.m_tile for v in found} == {m}
                 assert all(v.wg % v.lanes == 0 for v in found)
-                assert len(found) <= 24
+                assert all(v.wg // v.lanes * v.rows % 32 == 0 for v in found[1:] if of.to_bytes)
+                assert 2 <= len(found) <= 40
 
 
 def test_choices_survive_being_written_down():
@@ -93,7 +100,7 @@ def test_the_cache_folder_is_the_systems(tmp_path):
 def test_matrices_of_equal_format_and_shape_are_one_product(device):
     (product,) = tuning.products(matrices(device))
     assert [weight.label for weight in product.weights] == ["blk.0.w", "blk.1.w"]
-    assert product.key(1) == product_key("Q4_0", 64, 256, 1, act=False)
+    assert (product.act, product.x) == ("", "norm")
 
 
 def test_products_are_measured_once_and_then_remembered(device, tmp_path):
@@ -103,7 +110,7 @@ def test_products_are_measured_once_and_then_remembered(device, tmp_path):
         return await tuning.tune(device, matrices(device), store, on_message=said.append, **options)
 
     timings = asyncio.run(tune())
-    keys = {product_key("Q4_0", 64, 256, m, act=False) for m in (1, 8)}
+    keys = {str(shape(m)) for m in (1, 8)}
     assert {t.key for t in timings} == keys == set(device.tuned)
     assert sum(t.chosen for t in timings) == 2
     assert all(t.seconds > 0 for t in timings)
@@ -111,8 +118,7 @@ def test_products_are_measured_once_and_then_remembered(device, tmp_path):
     chosen = dict(device.tuned)
     device.tuned = {}
     assert asyncio.run(tune()) == [] and device.tuned == chosen
-    one_row = product_key("Q4_0", 64, 256, 1, act=False)
-    assert choose_matvec(device, "Q4_0", 64, 256, 1, ints=True) == chosen[one_row]
+    assert choose_matvec(device, shape(1), ints=True) == chosen[str(shape(1))]
     assert len(asyncio.run(tune(again=True))) == len(timings)
     assert len(said) == 2
 

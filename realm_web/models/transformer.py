@@ -17,7 +17,7 @@ from realm_web.models.config import LayerKind, ModelConfig
 from realm_web.models.experts import ExpertMatrices, Experts
 from realm_web.models.shortconv import ShortConv
 from realm_web.ops import Activations, HeadNorm, Pages, Recorder, Rope, State
-from realm_web.quants import FORMATS, QuantFormat
+from realm_web.quants import FORMATS, QuantFormat, activation_words
 from realm_web.runtime.device import Device, View
 from realm_web.tensor import Target, Tensor, Weight, rows_per_shard
 
@@ -58,14 +58,25 @@ class FeedForward:
     down: Linear
 
     def record(self, r: Recorder, x: Activations, out: Tensor, *, act: str, **options) -> None:
-        hidden = r.scratch("hidden", r.n_rows, self.gate_up.n // 2)
+        n, k = r.n_rows, self.gate_up.n // 2
+        if self.fused_act and self._takes_bytes(r, act):
+            rows = r.scratch("hidden in bytes", n, activation_words(k))
+            self.gate_up.record(r, x, rows, act=act, to_bytes=True)
+            self.down.record(r, Activations.made(rows, n, k), out, **options)
+            return
+        hidden = r.scratch("hidden", n, k)
         if self.fused_act:
             self.gate_up.record(r, x, hidden, act=act)
         else:
             both = r.scratch("gate and up", r.n_rows, self.gate_up.n)
             self.gate_up.record(r, x, both)
             ops.gated(r, both, hidden, act)
-        self.down.record(r, hidden, out, **options)
+        self.down.record(r, Activations(hidden, name="hidden"), out, **options)
+
+    def _takes_bytes(self, r: Recorder, act: str) -> bool:
+        weights = [weight for weight, _ in self.down.weights]
+        (gate_up, _), *_ = self.gate_up.weights
+        return all(weight.fmt.is_quantised for weight in weights) and ops.makes_bytes(r, gate_up, act)
 
 
 @dataclass(frozen=True)
@@ -114,17 +125,21 @@ class Transformer:
         return sum(read.values())
 
     @property
-    def matrices(self) -> list[tuple[Weight, str]]:
-        """Every weight that a pass multiplies with, and the activation that goes with it or ""."""
-        found = [(self.output, "")]
+    def matrices(self) -> list[tuple[Weight, str, str]]:
+        """Every weight that a pass multiplies with, the activation that goes with it or "", and its input.
+
+        That is "norm", "plain" (float32), or "bytes" that are made already.
+        """
+        before = "plain" if self.config.arch.norms == "post" else "norm"
+        found = [(self.output, "", "bytes")]
         for layer in self.layers:
             mixer, ffn = layer.mixer, layer.ffn
-            linears = [mixer.in_proj if isinstance(mixer, ShortConv) else mixer.qkv, mixer.output]
+            first = mixer.in_proj if isinstance(mixer, ShortConv) else mixer.qkv
+            linears = [(first, "", before), (mixer.output, "", "plain")]
             if isinstance(ffn, FeedForward):
-                act = self.config.arch.act if ffn.fused_act else ""
-                found += [(weight, act) for weight, _ in ffn.gate_up.weights]
-                linears.append(ffn.down)
-            found += [(weight, "") for linear in linears for weight, _ in linear.weights]
+                linears.append((ffn.gate_up, self.config.arch.act if ffn.fused_act else "", before))
+                linears.append((ffn.down, "", "bytes" if ffn.fused_act else "plain"))
+            found += [(weight, act, x) for linear, act, x in linears for weight, _ in linear.weights]
         return found
 
     def record(self, r: Recorder, memory: list[Pages | State], ropes: list[Rope]) -> Tensor:

@@ -30,8 +30,20 @@ class Activations:
         self._halves: tuple[Tensor, Tensor] | None = None
 
     @classmethod
+    def made(cls, rows: Tensor, n: int, k: int) -> Activations:
+        """Rows of bytes that a product has made already; there are no floats of them."""
+        found = cls(Tensor(rows.buffer, rows.offset, rows.nbytes, (n, k), "bytes"))
+        found._floats, found._bytes = None, rows
+        return found
+
+    @classmethod
     def of(cls, x: Tensor | Activations) -> Activations:
         return x if isinstance(x, Activations) else cls(x)
+
+    @property
+    def are_made(self) -> bool:
+        """Whether there are bytes already."""
+        return self._bytes is not None
 
     @property
     def k(self) -> int:
@@ -73,7 +85,10 @@ class Activations:
 
     def _quantise(self, r: Recorder, x: Tensor, out: Tensor) -> None:
         n = self._n(r)
+        subgroup = r.device.subgroup_size if r.device.subgroup_size <= 64 else 0
         kernel = r.device.kernel(
-            "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather, st=r.layout
-        )
-        r.add(kernel, (r.step, x, out), (-(-n * self.k // 32 // 64),), f"quantise {self._name}")
+            "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather,
+            subgroup=subgroup, st=r.layout,
+        )  # fmt: skip
+        threads = self.k // (4 if subgroup >= 8 else 32)
+        r.add(kernel, (r.step, x, out), (-(-threads // 64), n), f"quantise {self._name}")

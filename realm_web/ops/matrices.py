@@ -13,7 +13,7 @@ from realm_web.tensor import Tensor, Weight
 MATVEC_ROWS = 8  # up to so many rows the matrix-vector kernel reads the weights once for all of them
 
 
-OWN_BYTES = 16 << 10  # of workgroup memory that a workgroup may use to make its own activations
+OWN_BYTES = 24 << 10  # of workgroup memory that a workgroup may use to make its own activations
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,41 @@ class Matvec:
         return (x, -(-m // self.m_tile), -(-blocks // x)), x
 
 
-def product_key(fmt: str, n: int, k: int, m: int, *, act: bool) -> str:
-    """What a choice among variants hangs on."""
-    return f"{fmt} {'2 x ' * act}{n} x {k}, {_m_tile(m)} rows"
+@dataclass(frozen=True)
+class Shape:
+    """What the choice among variants hangs on: m rows of k activations times n rows of weights."""
+
+    fmt: str
+    n: int
+    k: int
+    m: int
+    act: bool  # n gate rows, and n that they gate
+    own: bool  # each workgroup makes its activations itself
+    to_bytes: bool = False  # and what comes out is bytes
+
+    def __str__(self) -> str:
+        made = " from float32" * self.own + " to bytes" * self.to_bytes
+        return f"{self.fmt} {'2 x ' * self.act}{self.n} x {self.k}, {self.m_tile} rows{made}"
+
+    @property
+    def m_tile(self) -> int:
+        return min(MATVEC_ROWS, 1 << (self.m - 1).bit_length())
 
 
-def _m_tile(m: int) -> int:
-    return min(MATVEC_ROWS, 1 << (m - 1).bit_length())
-
-
-def choose_matvec(
-    device: Device, fmt: str, n: int, k: int, m: int, *, ints: bool = False, act: bool = False
-) -> Matvec:
+def choose_matvec(device: Device, shape: Shape, *, ints: bool) -> Matvec:
     """What was measured on this device (`tuning.py`), else a default."""
-    tuned = device.tuned.get(product_key(fmt, n, k, m, act=act)) if ints else None
-    return tuned or default_matvec(device, n, k, m, ints=ints, act=act)
+    tuned = device.tuned.get(str(shape)) if ints else None
+    return tuned or default_matvec(device, shape, ints=ints)
 
 
-def default_matvec(device: Device, n: int, k: int, m: int, *, ints: bool, act: bool) -> Matvec:
+def default_matvec(device: Device, shape: Shape, *, ints: bool) -> Matvec:
     """Measured on llvmpipe, SwiftShader and an NVIDIA H200 (bench/NOTES.md)."""
-    m_tile = _m_tile(m)
+    n, k, m_tile = shape.n, shape.k, shape.m_tile
+    size = device.subgroup_size
     if device.info.is_cpu:  # no barriers, no reductions: a thread per row
         return Matvec(lanes=1, rows=1, wg=64, m_tile=m_tile, subgroup=0)
-    size = device.subgroup_size
     if ints:
-        return _choose_ints(size or 16, n * (1 + act), k, m_tile, subgroup=size)
+        return _default_ints(device, shape, size or 16)
     if not size:
         return Matvec(lanes=16, rows=1, wg=64, m_tile=m_tile, subgroup=0)
     if n * k < 1 << 22 or m_tile > 2:  # too few rows to fill the GPU, or too many sums for the registers
@@ -68,14 +78,28 @@ def default_matvec(device: Device, n: int, k: int, m: int, *, ints: bool, act: b
     return Matvec(lanes=2 * size, rows=4, wg=256, m_tile=m_tile, subgroup=size)
 
 
-def _choose_ints(size: int, n: int, k: int, m_tile: int, *, subgroup: int) -> Matvec:
-    """Few rows of weights are spread over more lanes, so that enough loads are under way everywhere."""
-    lanes = size if n >= 8192 or k < 64 * size else 2 * size
-    turns = k // 32 // lanes
-    if m_tile > 1:
-        rows = 1 if n >= 8192 else 2
-        return Matvec(lanes, rows, wg=max(128, lanes), m_tile=m_tile, subgroup=subgroup)
-    return Matvec(lanes, 1, wg=max(256, lanes), m_tile=1, subgroup=subgroup, unroll=2 if turns >= 2 else 1)
+def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
+    """Few rows of weights are spread over more lanes, so that enough loads are under way everywhere.
+
+    Where workgroups make their own activations they are few and large.
+    """
+    n = shape.n * (1 + shape.act)
+    lanes = size if n >= 8192 or shape.k < 64 * size else 2 * size
+    most = min(512, device.limits.max_invocations)
+    subgroup = device.subgroup_size
+    if shape.m_tile > 1:
+        if shape.act and shape.m_tile > 2:
+            return Matvec(size, 1, min(256, most), shape.m_tile, subgroup)
+        return Matvec(lanes, 2, max(lanes, min(256, most)), shape.m_tile, subgroup)
+    if shape.to_bytes:
+        return Matvec(size, max(1, 32 * size // most), most, 1, subgroup)
+    if not shape.own:
+        return Matvec(lanes, 1, max(lanes, min(256, most)), 1, subgroup)
+    if shape.k < 1024:
+        return Matvec(max(size // 2, 1), 1 + shape.act, min(128, most), 1, subgroup)
+    if shape.k >= 8192:
+        lanes = 4 * size
+    return Matvec(lanes, 2, most, 1, subgroup, unroll=1 if shape.act else 2)
 
 
 def linear(
@@ -92,10 +116,12 @@ def linear(
     out_offset: int = 0,
     per_seq: bool = False,
     exact: bool = False,
+    to_bytes: bool = False,
 ) -> None:
     """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows.
 
-    `exact`: all in float32, where choices hang on the result.
+    `exact`: all in float32, where choices hang on the result. `to_bytes` (`makes_bytes` says if that can be):
+    out is rows of bytes.
     """
     m = r.n_seqs if per_seq else r.n_rows
     x = Activations.of(x)
@@ -115,27 +141,48 @@ def linear(
             )  # fmt: skip
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
-        tuning = choose_matvec(r.device, weight.fmt.name, n, weight.k, m, ints=ints, act=bool(act))
-        x_as, before = _input(r, x, n, m, ints)
+        shape = shape_of(r, x, weight, m, act, ints=ints, to_bytes=to_bytes)
+        tuning = choose_matvec(r.device, shape, ints=ints)
+        if shape.own:
+            x_as, before = ("norm", (x.x, x.norm)) if x.norm else ("quantise", (x.x,))
+        else:
+            x_as, before = ("ints", (x.bytes(r),)) if ints else ("f32", (x.floats(r),))
         grid, fold = tuning.grid(r.device, n, m)
         kernel = r.device.kernel(
             "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
             m_tile=tuning.m_tile, unroll=tuning.unroll, subgroup=tuning.subgroup, grid_x=fold,
-            x_as=x_as, eps=x.eps if x_as == "norm" else 0.0,
+            x_as=x_as, eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
         )  # fmt: skip
         nbytes = sum(part.nbytes for part in shard.parts)
-        r.add(kernel, (r.step, *before, *after), grid, f"{kernel.name} {weight.label}", nbytes=nbytes)
+        r.add(
+            kernel, (r.step, *before, *after), grid, f"{kernel.name} {weight.label}", nbytes=nbytes,
+            flops=2 * m * shard.n_rows * weight.k,
+        )  # fmt: skip
 
 
-def _input(r: Recorder, x: Activations, n: int, m: int, ints: bool) -> tuple[str, tuple[Tensor, ...]]:
-    """How the kernel takes its activations, and what it binds for them.
+def shape_of(
+    r: Recorder, x: Activations, weight: Weight, m: int, act: str, *,
+    ints: bool = True, to_bytes: bool = False,
+) -> Shape:  # fmt: skip
+    """Of a weight in one piece, or of its first shard."""
+    n = weight.shards[0].n_rows // (2 if act else 1)
+    own = ints and _makes_own(r, x, m)
+    return Shape(weight.fmt.name, n, weight.k, m, bool(act), own, to_bytes)
 
-    One row is brought into bytes by every workgroup anew: that costs less than a dispatch, unless there are
-    many workgroups or their memory is small.
+
+def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
+    """Whether the product with this weight can bring what it makes into bytes: whole chunks in a workgroup.
+
+    Of one row only: for more, workgroups that large are slower than a kernel of its own.
     """
-    if not ints:
-        return "f32", (x.floats(r),)
-    own = 5 * x.k // 4 + 512
-    if m > 1 or x.gather or own > min(OWN_BYTES, r.device.limits.max_shared - 4096):
-        return "ints", (x.bytes(r),)
-    return ("norm", (x.x, x.norm)) if x.norm else ("quantise", (x.x,))
+    n = weight.shards[0].n_rows // (2 if act else 1)
+    return (
+        r.ints and r.n_rows == 1 and weight.fmt.is_quantised and len(weight.shards) == 1 and n % 32 == 0
+        and 8 <= r.device.subgroup_size <= 32 and r.device.limits.max_invocations >= 256
+    )  # fmt: skip
+
+
+def _makes_own(r: Recorder, x: Activations, m: int) -> bool:
+    """One row is brought into bytes by every workgroup anew: that costs less than a dispatch."""
+    room = min(OWN_BYTES, r.device.limits.max_shared - 4096)
+    return m == 1 and not x.gather and not x.are_made and 5 * x.k // 4 + 1280 <= room

@@ -3,8 +3,9 @@
 // [bias (out_stride,) f32];  out (n_rows, out_stride) f32, which is added to with `residual`
 // act "silu_mul", "gelu_mul": the epilogue's first value is w[n] . x (gate), its second w[n_total + n] . x (up).
 // x_as "quantise": each workgroup brings its row of x into 8 bits by itself; "norm": and norms it first, with `eps`
+// With out_as "ints" out is rows of lib/ints.wgsl: a workgroup then makes whole chunks of them, in subgroups of 8 or more.
 // constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
-// x_as, eps, st;
+// x_as, eps, out_as ("f32", "ints"), st;
 // tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; unroll
 // chunks of each at a time; wg threads; subgroup size or 0
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
@@ -12,6 +13,7 @@
 # import "lib/ints.wgsl" as ints
 # import "lib/quantise.wgsl" as quantise
 # import "lib/reduce.wgsl" as reduce
+# set count = st.N_SEQS if per_seq else st.N_ROWS
 # set own = x_as in ("quantise", "norm")
 # set chunks = k // 32
 # set parts = 2 if act else 1
@@ -20,20 +22,25 @@
 # set in_subgroup = subgroup and lanes <= subgroup
 # set across = subgroup and lanes > subgroup
 # set partials = (wg // subgroup) if across else wg
-{{ "enable subgroups;" if subgroup and (lanes > 1 or own) }}
+{{ "enable subgroups;" if subgroup and (lanes > 1 or own or out_as == "ints") }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("norm", "vec4<f32>") if x_as == "norm" }}
 {{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt) }}
-{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, st.N_SEQS if per_seq else st.N_ROWS) }}
+# if out_as == "ints"
+{{ epilogue.keep(bind, act, bias, scale, softcap, out_offset, m_tile, groups * rows) }}
+{{ bind("out", "u32", "read_write") }}
+# else
+{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count) }}
+# endif
 
 # if own
 {{ ints.own_activations("x", k) }}
-{{ quantise.functions() }}
 {{ reduce.workgroup_reduce("sum", "add", wg, subgroup) if x_as == "norm" }}
 # elif x_as == "ints"
 {{ ints.activations("x", k) }}
 # endif
+{{ quantise.functions() if own or out_as == "ints" }}
 # if lanes > 1 and not in_subgroup
 var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 # endif
@@ -41,7 +48,7 @@ var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m0 = wid.y * {{ m_tile }}u;
-  if (m0 >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]) {
+  if (m0 >= step[{{ count }}]) {
     return;
   }
   let lane = lid % {{ lanes }}u;
@@ -124,7 +131,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   // the first weights are under way before the activations are made
 {{ fetch("lane", whole == 0) }}
   # if own
-{{ quantise.own_row("x", "m0", k, wg, subgroup, "norm" if x_as == "norm" else "", eps, ints.plane(k) | int) }}
+{{ quantise.row("x", "m0 * %du" % (k // 4), k, wg, subgroup, "norm" if x_as == "norm" else "", eps, {"name": "x_own", "plane": ints.plane(k) | int}) }}
+  workgroupBarrier();
   # endif
   {
 {{ add(whole == 0) }}
@@ -207,6 +215,20 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
     let n = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + group) * {{ rows }}u + a / {{ m_tile }}u;
     store(m0 + a % {{ m_tile }}u, n, first, second);
+  }
+  # endif
+  # if out_as == "ints"
+  workgroupBarrier();
+  # set each = groups * rows
+  # set quads = m_tile * each // 4
+  let i = min(lid, {{ quads - 1 }}u);
+  let v = vec4<f32>({% for j in range(4) %}made[i * 4u + {{ j }}u]{{ ", " if not loop.last }}{% endfor %});
+{{ quantise.chunk_of_lanes() }}
+  let m = m0 + i / {{ each // 4 }}u;
+  let quad = (wid.x + wid.z * {{ grid_x }}u) * {{ each // 4 }}u + i % {{ each // 4 }}u;
+  if (lid < {{ quads }}u && quad < {{ n // 4 }}u && m < step[{{ count }}]) {
+    let to = m * {{ 4 * (ints.row_vec4s(n) | int) }}u;
+{{ quantise.put_lane({"name": "out", "to": "to", "k": n}, "quad", "") }}
   }
   # endif
 }

@@ -1,25 +1,39 @@
-// Rows of float32 to activations of 8 bits (lib/ints.wgsl): one thread per chunk of 32.
+// Rows of float32 to activations of 8 bits (lib/ints.wgsl): a thread per vector of 4 where subgroups are 8 or larger, else per
+// chunk of 32.
 // step;  x (n_rows * times, k) f32;  out (n_rows * times) rows of lib/ints.wgsl
-// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), st;  grid: (ceil(rows * k / 32 / 64), 1, 1)
+// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), subgroup, st
+// grid: (ceil(threads of a row / 64), rows, 1)
 # import "lib/ints.wgsl" as ints
 # import "lib/quantise.wgsl" as quantise
+{{ "enable subgroups;" if subgroup >= 8 }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
-{{ bind("out", "vec2<u32>", "read_write") }}
+{{ bind("out", "u32", "read_write") }}
 
 {{ quantise.functions() }}
 
 @compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-  let row = id.x / {{ k // 32 }}u;
-  let c = id.x % {{ k // 32 }}u;
-  if (row >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]{{ " * %du" % times if times > 1 }}) {
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+  if (wid.y >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]{{ " * %du" % times if times > 1 }}) {
     return;
   }
-  # for i in range(8)
-  let v{{ i }} = x[id.x * 8u + {{ i }}u];
+  let i = wid.x * 64u + lid;
+  let to = wid.y * {{ 4 * (ints.row_vec4s(k) | int) }}u;
+  # set target = {"name": "out", "to": "to", "k": k}
+  # if subgroup >= 8
+  let v = x[wid.y * {{ k // 4 }}u + min(i, {{ k // 4 - 1 }}u)];
+{{ quantise.chunk_of_lanes() }}
+  if (i < {{ k // 4 }}u) {
+{{ quantise.put_lane(target, "i", "") }}
+  }
+  # else
+  if (i >= {{ k // 32 }}u) {
+    return;
+  }
+  # for j in range(8)
+  let v{{ j }} = x[wid.y * {{ k // 4 }}u + i * 8u + {{ j }}u];
   # endfor
 {{ quantise.chunk() }}
-  let to = row * {{ 2 * (ints.row_vec4s(k) | int) }}u;
-{{ quantise.write("out", "to", "c", k) }}
+{{ quantise.put_chunk(target, "i", "") }}
+  # endif
 }

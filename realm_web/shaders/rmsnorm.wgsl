@@ -10,7 +10,7 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
 {{ bind("weight", "vec4<f32>") }}
-{{ bind("out", "vec2<u32>" if ints else "vec4<f32>", "read_write") }}
+{{ bind("out", "u32" if ints else "vec4<f32>", "read_write") }}
 {{ quantise.functions() if ints }}
 
 {{ lib.workgroup_reduce("sum", "add", wg, subgroup) }}
@@ -32,22 +32,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   # endif
   let base = row * {{ dim // 4 }}u;
+  # if ints
+  let to = wid.x * {{ 4 * (rows.row_vec4s(dim) | int) }}u;
+{{ quantise.row("x", "base", dim, wg, subgroup, "weight", eps, {"name": "out", "to": "to", "k": dim}) }}
+  # else
   var squares = 0.0;
   for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
     let v = x[base + i];
     squares += dot(v, v);
   }
   let factor = inverseSqrt(sum(squares, lid) / {{ dim }}.0 + {{ "%.9g" % eps }});
-  # if ints
-  let to = wid.x * {{ 2 * (rows.row_vec4s(dim) | int) }}u;
-  for (var c = lid; c < {{ dim // 32 }}u; c += {{ wg }}u) {
-    # for i in range(8)
-    let v{{ i }} = x[base + c * 8u + {{ i }}u] * weight[c * 8u + {{ i }}u];
-    # endfor
-{{ quantise.chunk() }}
-{{ quantise.write("out", "to", "c", dim, " * factor") }}
-  }
-  # else
   for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
     let at = wid.x * {{ dim // 4 }}u + i;
     out[at] = {{ "out[at] + " if residual }}x[base + i] * factor * weight[i];

@@ -11,6 +11,29 @@ fn store(m: u32, n: u32, first: f32, second: f32) {
     return;
   }
   let at = m * {{ out_stride }}u + {{ out_offset }}u + n;
+{{ value(act, bias, scale, softcap, out_offset) }}
+  # if residual
+  v += out[at];
+  # endif
+  out[at] = v;
+}
+# endmacro
+
+{# In place of `out` into `made`, the workgroup's own, for m_tile rows of `each` columns. #}
+# macro keep(bind, act, bias, scale, softcap, out_offset, m_tile, each)
+# if bias
+{{ bind("bias", "f32") }}
+# endif
+var<workgroup> made: array<f32, {{ m_tile * each }}>;
+
+fn store(m: u32, n: u32, first: f32, second: f32) {
+{{ value(act, bias, scale, softcap, out_offset) }}
+  made[m % {{ m_tile }}u * {{ each }}u + n % {{ each }}u] = v;
+}
+# endmacro
+
+{# `v` of first and second, column n of what a product makes. #}
+# macro value(act, bias, scale, softcap, out_offset)
   # if act
   var v = {{ acts.gated(act, "first", "second") }};
   # else
@@ -25,9 +48,4 @@ fn store(m: u32, n: u32, first: f32, second: f32) {
   # if softcap
   v = tanh(clamp(v / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
   # endif
-  # if residual
-  v += out[at];
-  # endif
-  out[at] = v;
-}
 # endmacro

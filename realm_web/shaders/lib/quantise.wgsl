@@ -52,15 +52,54 @@ fn sums_word(a: i32, b: i32) -> u32 {
   let sums = sums_word(half, subgroupShuffleXor(half, 4u));
 # endmacro
 
-{# Row m of x, normed with the weights `norm` if there are any, into `x_own` of `lib/ints.wgsl`, by the whole workgroup. #}
-# macro own_row(x, m, k, wg, subgroup, norm, eps, plane)
+{# Writes a word of chunk c: 0 to 7 are its bytes, "d" and "sums" what belongs to them. The target is a dict: of a workgroup's own
+   row {name, plane}, of a row of k that begins at word `to` of a binding of u32 {name, to, k}. #}
+# macro put(target, word, c, value)
+# if "plane" in target
+{{ target.name }}[{{ c }} + {{ {"d": 8, "sums": 9}.get(word, word) * target.plane }}u] = {{ value }};
+# elif word in ("d", "sums")
+{{ target.name }}[{{ target.to }} + {{ target.k // 4 + (word == "sums") }}u + 2u * {{ c }}] = {{ value }};
+# else
+{{ target.name }}[{{ target.to }} + {{ word // 4 * target.k // 8 + word % 4 }}u + 4u * {{ c }}] = {{ value }};
+# endif
+# endmacro
+
+{# The same for byte word number (i & 7) of chunk i >> 3. #}
+# macro put_quad(target, i, value)
+# if "plane" in target
+{{ target.name }}[({{ i }} >> 3u) + ({{ i }} & 7u) * {{ target.plane }}u] = {{ value }};
+# else
+{{ target.name }}[{{ target.to }} + select(0u, {{ target.k // 8 }}u, ({{ i }} & 4u) != 0u) + 4u * ({{ i }} >> 3u) + ({{ i }} & 3u)] = {{ value }};
+# endif
+# endmacro
+
+{# What a lane writes after `chunk_of_lanes()`, of vector i of the row; and what a thread does after `chunk()`. #}
+# macro put_lane(target, i, factor)
+  {{ put_quad(target, i, "q") }}
+  if (({{ i }} & 7u) == 0u) {
+    {{ put(target, "d", "(%s >> 3u)" % i, "bitcast<u32>(d%s)" % factor) }}
+    {{ put(target, "sums", "(%s >> 3u)" % i, "sums") }}
+  }
+# endmacro
+
+# macro put_chunk(target, c, factor)
+# for i in range(8)
+  {{ put(target, i, c, "q%d" % i) }}
+# endfor
+  {{ put(target, "d", c, "bitcast<u32>(d%s)" % factor) }}
+  {{ put(target, "sums", c, "sums") }}
+# endmacro
+
+{# A row of x that begins at vector `base`, normed with the weights `norm` if there are any, by the whole workgroup. #}
+# macro row(x, base, k, wg, subgroup, norm, eps, target)
 # set quads = k // 4
+# set factor = " * factor" if norm else ""
 # if subgroup >= 8
 # set batch = [(quads + wg - 1) // wg, 4 if not norm else quads] | min
   for (var first = 0u; first < {{ quads }}u; first += {{ batch * wg }}u) {
 # for t in range(batch)
     let i{{ t }} = first + lid + {{ t * wg }}u;
-    let x{{ t }} = {{ x }}[{{ m }} * {{ quads }}u + min(i{{ t }}, {{ quads - 1 }}u)];
+    let x{{ t }} = {{ x }}[{{ base }} + min(i{{ t }}, {{ quads - 1 }}u)];
 # endfor
 # if norm
     let all = {% for t in range(batch) %}select(0.0, dot(x{{ t }}, x{{ t }}), i{{ t }} < {{ quads }}u){{ " + " if not loop.last }}{% endfor %};
@@ -71,11 +110,7 @@ fn sums_word(a: i32, b: i32) -> u32 {
       let v = x{{ t }}{{ " * %s[min(i%d, %du)]" % (norm, t, quads - 1) if norm }};
 {{ chunk_of_lanes() }}
       if (i{{ t }} < {{ quads }}u) {
-        {{ x }}_own[(i{{ t }} & 7u) * {{ plane }}u + (i{{ t }} >> 3u)] = q;
-        if ((i{{ t }} & 7u) == 0u) {
-          {{ x }}_own[{{ 8 * plane }}u + (i{{ t }} >> 3u)] = bitcast<u32>(d{{ " * factor" if norm }});
-          {{ x }}_own[{{ 9 * plane }}u + (i{{ t }} >> 3u)] = sums;
-        }
+{{ put_lane(target, "i%d" % t, factor) }}
       }
     }
 # endfor
@@ -84,31 +119,17 @@ fn sums_word(a: i32, b: i32) -> u32 {
 # if norm
   var squares = 0.0;
   for (var i = lid; i < {{ quads }}u; i += {{ wg }}u) {
-    let v = {{ x }}[{{ m }} * {{ quads }}u + i];
+    let v = {{ x }}[{{ base }} + i];
     squares += dot(v, v);
   }
   let factor = inverseSqrt(sum(squares, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
 # endif
   for (var c = lid; c < {{ k // 32 }}u; c += {{ wg }}u) {
 # for i in range(8)
-    let v{{ i }} = {{ x }}[{{ m }} * {{ quads }}u + c * 8u + {{ i }}u]{{ " * %s[c * 8u + %du]" % (norm, i) if norm }};
+    let v{{ i }} = {{ x }}[{{ base }} + c * 8u + {{ i }}u]{{ " * %s[c * 8u + %du]" % (norm, i) if norm }};
 # endfor
 {{ chunk() }}
-# for i in range(8)
-    {{ x }}_own[c + {{ i * plane }}u] = q{{ i }};
-# endfor
-    {{ x }}_own[c + {{ 8 * plane }}u] = bitcast<u32>(d{{ " * factor" if norm }});
-    {{ x }}_own[c + {{ 9 * plane }}u] = sums;
+{{ put_chunk(target, "c", factor) }}
   }
 # endif
-  workgroupBarrier();
-# endmacro
-
-{# A chunk made by `chunk()` as chunk c of a row that begins at vec2 `row` of the binding `out`. #}
-# macro write(out, row, c, k, factor="")
-  {{ out }}[{{ row }} + 2u * {{ c }}] = vec2<u32>(q0, q1);
-  {{ out }}[{{ row }} + 2u * {{ c }} + 1u] = vec2<u32>(q2, q3);
-  {{ out }}[{{ row }} + 2u * {{ c }} + {{ k // 16 }}u] = vec2<u32>(q4, q5);
-  {{ out }}[{{ row }} + 2u * {{ c }} + {{ k // 16 + 1 }}u] = vec2<u32>(q6, q7);
-  {{ out }}[{{ row }} + {{ c }} + {{ k // 8 }}u] = vec2<u32>(bitcast<u32>(d{{ factor }}), sums);
 # endmacro

@@ -9,6 +9,7 @@ from kernel_cases import FMA, HALF, ST, Case, normal, packed, step_words
 
 from realm_web.quants import FORMATS, activation_words
 from realm_web.runtime.cpu_kernels import put_bytes, to_bytes
+from realm_web.step import NONE
 
 
 def cases() -> Iterator[Case]:
@@ -46,20 +47,30 @@ def tile_cases() -> Iterator[Case]:
 
 
 def half_rows_cases() -> Iterator[Case]:
-    for k, per_seq, subgroup in ((64, False, 0), (416, True, -1)):
+    for k, norm, gather, subgroup in (
+        (64, False, False, 0), (416, False, False, -1), (416, True, False, 0), (64, True, True, -1),
+    ):  # fmt: skip
 
-        def tensors(rng, k=k):
+        def tensors(rng, k=k, norm=norm, gather=gather):
             x = normal(rng, 6, k) * 10.0 ** rng.integers(-30, 30, (6, 1)).astype(np.float32)
+            if norm:
+                x = x * np.float32(1e-12)  # squares are sums of float32
             x[1] = 0
-            step = step_words([(0, 4), (3, 1)], rng=rng)
-            return [step, x, np.zeros((6, k), np.float16), np.zeros(6, np.float32)]
+            step = step_words([(0, 3), (3, 1), (9, 1)], rng=rng)
+            if gather:
+                step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
+            weight = [normal(rng, k)] * norm
+            return [step, x, *weight, np.zeros((6, k), np.float16), np.zeros(6, np.float32)]
 
-        consts = {"k": k, "rows": 6, "per_seq": per_seq, "wg": 64, "subgroup": subgroup, "st": ST}
-        name = f"half_rows {k}{' of sequences' * per_seq}{' subgroups' * bool(subgroup)}"
+        consts = {
+            "k": k, "rows": 6, "norm": norm, "eps": 1e-6 if norm else 0.0, "gather": gather, "per_seq": False,
+            "wg": 64, "subgroup": subgroup, "st": ST,
+        }  # fmt: skip
+        name = f"half_rows {k}{' normed' * norm}{' gather' * gather}{' subgroups' * bool(subgroup)}"
         needs = ("subgroups",) if subgroup else ()
         # packing may truncate instead of rounding (WGSL leaves it open): one unit of f16
-        yield Case(name, "half_rows", consts, tensors, (2,), (6,), 1e-3, needs, subgroup, "f16")
-        yield Case(name + " scale", "half_rows", consts, tensors, (3,), (6,), 0.0, needs, subgroup)
+        yield Case(name, "half_rows", consts, tensors, (2 + norm,), (6,), 1e-3, needs, subgroup, "f16")
+        yield Case(name + " scale", "half_rows", consts, tensors, (3 + norm,), (6,), 0.0, needs, subgroup)
 
 
 def _product(fmt, m, n, k, act, bias, residual, offset, tuning, x, per_seq=False):

@@ -73,10 +73,13 @@ class Activations:
             y = r.scratch(f"{self._name} in halves", n, self.k // 2)
             scale = r.scratch(f"scales of {self._name}", n)
             subgroup = r.device.subgroup_size if wg % max(r.device.subgroup_size, 1) == 0 else 0
+            norm = self.norm is not None and self._floats is None
             kernel = r.device.kernel(
-                "half_rows", k=self.k, rows=n, per_seq=self.gather, wg=wg, subgroup=subgroup, st=r.layout
-            )
-            r.add(kernel, (r.step, self.floats(r), y, scale), (n,), f"half_rows {self._name}")
+                "half_rows", k=self.k, rows=n, norm=norm, eps=self.eps if norm else 0.0,
+                gather=norm and self.gather, per_seq=self.gather, wg=wg, subgroup=subgroup, st=r.layout,
+            )  # fmt: skip
+            rows = (self.x, self.norm) if norm else (self.floats(r),)
+            r.add(kernel, (r.step, *rows, y, scale), (n,), f"half_rows {self._name}")
             self._halves = y, scale
         return self._halves
 

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from realm_web.quants import activation_words
-from realm_web.runtime.cpu_kernels import ACTIVATIONS, Twin, Views, from_bytes, softcapped
+from realm_web.runtime.cpu_kernels import (
+    ACTIVATIONS,
+    NONE,
+    Twin,
+    Views,
+    from_bytes,
+    records_of,
+    rms_factor,
+    softcapped,
+)
 
 WEIGHTS_TIMES = np.float32(64)  # what matmul_units multiplies its weights with
 
@@ -25,13 +34,23 @@ def matmul(c: dict[str, Any], views: list[np.ndarray]) -> None:
 
 
 def half_rows(c: dict[str, Any], views: list[np.ndarray]) -> None:
-    v, k = Views(views), c["k"]
-    step, x, y, scale = v.u32(), v.f32(-1, k), v.f16(k // 8, c["rows"], 8), v.f32()
-    m = _n_rows(c, step)
-    top = np.abs(x[:m]).max(axis=1).view(np.uint32) & 0x7F800000
+    v, st, k = Views(views), c["st"], c["k"]
+    step, x = v.u32(), v.f32(-1, k)
+    weight = v.f32(k) if c["norm"] else None
+    y, scale = v.f16(k // 8, c["rows"], 8), v.f32()
+    if c["gather"]:
+        rows = records_of(step, st, st.LOGITS_ROW).astype(np.int64)
+        to = np.flatnonzero(rows != NONE)
+        x = x[rows[to]]
+    else:
+        to = np.arange(_n_rows(c, step))
+        x = x[to]
+    if weight is not None:
+        x = x * rms_factor(x, c["eps"]) * weight
+    top = np.abs(x).max(axis=1).view(np.uint32) & 0x7F800000
     power = np.clip(top, 0x08000000, 0x7E000000).astype(np.uint32).view(np.float32)
-    scale[:m] = power / WEIGHTS_TIMES
-    y[:, :m] = _swapped(x[:m] / power[:, None]).reshape(m, k // 8, 8).transpose(1, 0, 2)
+    scale[to] = power / WEIGHTS_TIMES
+    y[:, to] = _swapped(x / power[:, None]).reshape(len(to), k // 8, 8).transpose(1, 0, 2)
 
 
 def matmul_units(c: dict[str, Any], views: list[np.ndarray]) -> None:

@@ -1,34 +1,66 @@
-// y[m] = f16(x[m] / (64 * scale[m])), scale[m] a power of two: rows for the matrix units, whose f16 ends at 65504.
-// The largest value of a row becomes 1 to 2, so what falls below f16's range is 2^-25 of it or less; weights come times
-// 64 (lib/units.wgsl). Of every four values the second and the third change places, as there.
-// step;  x (n_rows, k) f32;  y (k / 8, rows, 8) f16, so that a tile of rows is read in one piece;  scale (n_rows,) f32
-// constants: k, rows, per_seq (rows are sequences, not tokens), wg, subgroup, st;  grid: (n_rows, 1, 1)
+// y[m] = f16(v[m] / (64 * scale[m])), v[m] = x[m], or with `norm` x[m] / sqrt(mean(x[m]^2) + eps) * weight; scale[m] a power of
+// two: rows for the matrix units, whose f16 ends at 65504. The largest value of a row becomes 1 to 2, so what falls below
+// f16's range is 2^-25 of it or less; weights come times 64 (lib/units.wgsl). Of every four values the second and the
+// third change places, as there.
+// step;  x (n_rows, k) f32;  [weight (k,) f32 with `norm`];  y (k / 8, rows, 8) f16, so that a tile of rows is read in one
+// piece;  scale (n_rows,) f32
+// With `gather`, row r is the row of x from which sequence r draws a token (left alone where it draws none).
+// constants: k, rows, norm, eps, gather, per_seq (rows are sequences, not tokens), wg, subgroup, st;  grid: (n_rows, 1, 1)
 # import "lib/reduce.wgsl" as lib
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
+# if norm
+{{ bind("weight", "vec4<f32>") }}
+# endif
 {{ bind("y", "vec4<u32>", "read_write") }}
 {{ bind("scale", "f32", "read_write") }}
 
 {{ lib.workgroup_reduce("highest", "max", wg, subgroup) }}
+# if norm
+{{ lib.workgroup_reduce("sum", "add", wg, subgroup) }}
+# endif
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  if (wid.x >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]) {
+  if (wid.x >= step[{{ st.N_SEQS if per_seq or gather else st.N_ROWS }}]) {
     return;
   }
-  let base = wid.x * {{ k // 4 }}u;
-  var top = 0.0;
-  for (var i = lid; i < {{ k // 4 }}u; i += {{ wg }}u) {
-    let v = abs(x[base + i]);
-    top = max(top, max(max(v.x, v.y), max(v.z, v.w)));
+  # if gather
+  let row = step[{{ st.seqs }}u + wid.x * {{ st.SEQ_WORDS }}u + {{ st.LOGITS_ROW }}u];
+  if (row == 0xffffffffu) {
+    return;
   }
+  # else
+  let row = wid.x;
+  # endif
+  let base = row * {{ k // 4 }}u;
+  var top = 0.0;
+  # if norm
+  var squares = 0.0;
+  # endif
+  for (var i = lid; i < {{ k // 4 }}u; i += {{ wg }}u) {
+    let v = x[base + i];
+    # if norm
+    squares += dot(v, v);
+    let a = abs(v * weight[i]);
+    # else
+    let a = abs(v);
+    # endif
+    top = max(top, max(max(a.x, a.y), max(a.z, a.w)));
+  }
+  # if norm
+  let factor = inverseSqrt(sum(squares, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
+  # else
+  let factor = 1.0;
+  # endif
   // the exponent bits alone; not so small that its inverse overflows
-  let power = clamp(bitcast<u32>(highest(top, lid)) & 0x7f800000u, 0x08000000u, 0x7e000000u);
-  let inverse = bitcast<f32>(0x7f000000u - power);
+  let power = clamp(bitcast<u32>(highest(top, lid) * factor) & 0x7f800000u, 0x08000000u, 0x7e000000u);
+  let times = factor * bitcast<f32>(0x7f000000u - power);
   for (var i = lid; i < {{ k // 8 }}u; i += {{ wg }}u) {
-    let a = x[base + 2u * i] * inverse;
-    let b = x[base + 2u * i + 1u] * inverse;
+    # for e in "ab"
+    let {{ e }} = x[base + 2u * i + {{ loop.index0 }}u] * times{{ " * weight[2u * i + %du]" % loop.index0 if norm }};
+    # endfor
     y[i * {{ rows }}u + wid.x] = vec4<u32>(pack2x16float(a.xz), pack2x16float(a.yw), pack2x16float(b.xz), pack2x16float(b.yw));
   }
   if (lid == 0u) {

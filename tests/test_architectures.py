@@ -74,7 +74,8 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 
 def with_engine(path, device: str, body, **sizes):
     async def main():
-        engine = await Engine.open(path, device=device, kv_type="f32", **{"max_seqs": 1, **sizes})
+        options = {"kv_type": "f32", "max_seqs": 1, "prefix_cache": False, **sizes}
+        engine = await Engine.open(path, device=device, **options)
         try:
             return await body(engine)
         finally:

@@ -37,6 +37,7 @@ from realm_web.runtime.device import Device, Readback
 from realm_web.sampler import SamplingParams, hash_u32
 from realm_web.scheduler import Batch, Request, Scheduler
 from realm_web.tokenizer import StopMatcher, Tokenizer
+from realm_web.tuning import Store, user_store
 
 MAX_DEPTH = 16
 MOST_RECOVERIES = 3  # of a lost device without one token in between
@@ -67,9 +68,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, runner: Runner, sizes: Sizes, tenant_weights: Mapping[str, float] | None = None
+        self,
+        model: Model,
+        runner: Runner,
+        sizes: Sizes,
+        tenant_weights: Mapping[str, float] | None = None,
+        store: Store | None = None,
     ):
-        self.model, self.runner, self.sizes = model, runner, sizes
+        self.model, self.runner, self.sizes, self._store = model, runner, sizes, store
         self.scheduler = Scheduler(
             BlockPool(runner.n_blocks, BLOCK_SIZE), max_seqs=runner.max_seqs, max_rows=runner.max_rows,
             max_context=runner.context, prefix_cache=runner.prefix_cache, tenant_weights=tenant_weights or {},
@@ -104,6 +110,7 @@ class Engine:
         exact: bool | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         reopen: Callable[[], Awaitable[Source]] | None = None,
+        store: Store | None = None,
         on_progress: OnProgress = None,
     ) -> Engine:
         """Load a GGUF model onto a device.
@@ -118,10 +125,13 @@ class Engine:
         float32 activations, as software devices do anyway; hardware GPUs bring them into 8 bits, as llama.cpp
         does.
         `tenant_weights` are the shares of the tenants that `generate` names, 1 where not given.
+        `store` remembers what was measured of the kernels; natively the user's cache folder if not given.
         Raises RealmError: FormatError, UnsupportedError, DeviceError, RequestError.
         """
         if isinstance(source, str | Path):
             from realm_web.sources import open_source
+
+            store = store or user_store()
 
             name = source
             reopen = reopen or (lambda: open_source(name))
@@ -131,10 +141,10 @@ class Engine:
             model = await read_model(source, reopen)
             check_sizes(sizes, model.config)
             opened = device if isinstance(device, Device) else await open_device(device)
-            runner = await place(model, source, opened, sizes, on_progress)
+            runner = await place(model, source, opened, sizes, on_progress, store)
         finally:
             source.close()
-        return cls(model, runner, sizes, tenant_weights)
+        return cls(model, runner, sizes, tenant_weights, store)
 
     @property
     def device(self) -> Device:
@@ -224,7 +234,8 @@ class Engine:
             raise RequestError(f"timeout {timeout}: give a number of seconds above 0")
         prompt_ids = self.prompt_ids(prompt)
         matchers = [await self._matcher(params) for _ in range(params.n)]
-        salt = tenant.encode() if cache_salt is None else cache_salt
+        # told apart, so that no tenant can name another's as its own
+        salt = b"tenant " + tenant.encode() if cache_salt is None else b"salt " + cache_salt
         seed = params.seed if params.seed is not None else random.getrandbits(32)
         requests = [
             Request(
@@ -420,8 +431,11 @@ class Engine:
 
     async def _compile_and_submit(self, batch: Batch, bucket: Bucket, requests: list[Request]) -> None:
         """For the first batch of its kind. Requests that end meanwhile run all the same, and nobody looks."""
+        epoch = self._epoch
         try:
             await self.runner.compile(bucket)
+            if epoch != self._epoch:  # the device was lost meanwhile
+                return
             self._asked |= {name for name in FEATURES if getattr(bucket, name)}
             self._submit(batch, bucket, requests)
         except OutOfDeviceMemory as error:
@@ -510,14 +524,14 @@ class Engine:
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, DeviceLost) and self.model.reopen and self._n_lost < MOST_RECOVERIES:
+            self._n_lost += 1
+            self._forget_steps()
             self._busy = asyncio.ensure_future(self._recover(error))
         else:
             self._fail_all(error)
 
     async def _recover(self, lost: DeviceLost) -> None:
         """Open the device again, load the weights again, and run all requests on from their tokens."""
-        self._n_lost += 1
-        self._forget_steps()
         old = self.runner
         try:
             old.device.close()
@@ -525,7 +539,7 @@ class Engine:
             source = await self.model.reopen()
             try:
                 sizes = replace(self.sizes, kv_tokens=self.kv_tokens)
-                self.runner = await place(self.model, source, device, sizes)
+                self.runner = await place(self.model, source, device, sizes, store=self._store)
             finally:
                 source.close()
             self._asked.clear()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from realm_web import tuning
 from realm_web.chat import ChatTemplate
 from realm_web.errors import DeviceError, FormatError, OutOfDeviceMemory, RequestError
 from realm_web.gguf import GGUFFile
@@ -20,9 +21,11 @@ from realm_web.loader import Loader, Source, read_header, read_vector
 from realm_web.models import build, read_config
 from realm_web.models.config import ModelConfig
 from realm_web.models.rope import RopeTable, rope_table
+from realm_web.models.transformer import Transformer
 from realm_web.runner import Runner
 from realm_web.runtime.device import Device
 from realm_web.tokenizer import Tokenizer
+from realm_web.tuning import Store
 
 DEFAULT_CONTEXT = 8192
 MAX_SEQS = 8
@@ -35,7 +38,10 @@ LEAST_RESERVE = 64 << 20  # bytes
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of opening: bytes for "load", pipelines for "compile", tokens of KV cache for "room"."""
+    """One step of opening: bytes for "load", pipelines for "compile", tokens of KV cache for "room".
+
+    "tune" is a message alone: kernel variants are measured, once for each adapter.
+    """
 
     stage: str
     done: int
@@ -112,10 +118,16 @@ def check_sizes(sizes: Sizes, config: ModelConfig) -> int:
 
 
 async def place(
-    model: Model, source: Source, device: Device, sizes: Sizes, on_progress: OnProgress = None
+    model: Model,
+    source: Source,
+    device: Device,
+    sizes: Sizes,
+    on_progress: OnProgress = None,
+    store: Store | None = None,
 ) -> Runner:
     """The model on a device: weights read, KV cache allocated, first programs compiled.
 
+    `store` remembers which kernel variants are fastest on this adapter; without it they are the defaults.
     Raises DeviceError with what is needed and what there is; the device is closed then.
     """
 
@@ -144,6 +156,8 @@ async def place(
         if on_progress:
             n_tokens = n_blocks * BLOCK_SIZE
             on_progress(Progress("room", n_tokens, n_tokens, f"room for {n_tokens:,} tokens"))
+        if store is not None and not sizes.exact:
+            await _tune(device, transformer, store, on_progress)
         await device.compile()
         await asyncio.gather(
             loader.load(report("load", Path(model.name).name)),
@@ -153,6 +167,17 @@ async def place(
         device.close()
         raise
     return runner
+
+
+async def _tune(device: Device, transformer: Transformer, store: Store, on_progress: OnProgress) -> None:
+    def say(message: str) -> None:
+        if on_progress:
+            on_progress(Progress("tune", 0, 0, message))
+
+    try:
+        await tuning.tune(device, transformer.matrices, store, on_message=say)
+    except OSError as error:  # a home that cannot be written to
+        say(f"what was measured is not kept: {error}")
 
 
 async def _n_blocks(device: Device, config: ModelConfig, context: int, sizes: Sizes) -> int:

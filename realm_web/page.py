@@ -55,6 +55,20 @@ class JsSource:
         return JsSource(await self._js.reopen())
 
 
+class JsStore:
+    """Small texts by name that the browser keeps: {get(name) -> Promise, put(name, text) -> Promise}."""
+
+    def __init__(self, js: Any):
+        self._js = js
+
+    async def get(self, name: str) -> str | None:
+        text = await self._js.get(name)
+        return text if isinstance(text, str) else None
+
+    async def put(self, name: str, text: str) -> None:
+        await self._js.put(name, text)
+
+
 @dataclass(eq=False)
 class _Model:
     engine: Engine
@@ -92,7 +106,8 @@ def _error(name: str, message: str) -> str:
 class Page:
     """The models that are open in one worker, and the answers that are being written."""
 
-    def __init__(self) -> None:
+    def __init__(self, js_store: Any = None) -> None:
+        self._store = JsStore(js_store) if js_store is not None else None
         self._models: dict[int, _Model] = {}
         self._n_opened = 0
         self._running: dict[int, asyncio.Task] = {}
@@ -109,6 +124,7 @@ class Page:
             source,
             device="browser",
             reopen=source.reopen,
+            store=self._store,
             on_progress=lambda p: on_progress(json.dumps(asdict(p))),
             **wanted,
         )
@@ -133,6 +149,20 @@ class Page:
             return await _stream(engine, prompt, params, on_chunk)
         finally:
             model.answers.discard(call_id)
+
+    @_call
+    async def embed(self, call_id: int, request: str) -> list[float]:
+        """A text as one vector of length 1: JSON {model, text, options: {pooling}}."""
+        wanted = json.loads(request)
+        options = _known(wanted.get("options", {}), ("pooling",), "option")
+        return await self._model(wanted["model"]).engine.embed(wanted["text"], **options)
+
+    @_call
+    async def score(self, call_id: int, request: str) -> dict:
+        """How likely a text is: JSON {model, text}."""
+        wanted = json.loads(request)
+        scores = await self._model(wanted["model"]).engine.score(wanted["text"])
+        return {"token_ids": scores.token_ids, "logprobs": scores.logprobs}
 
     def stop(self, call_id: int) -> None:
         """End a call at once: an answer also in the middle of its prompt, and with its normal reply."""

@@ -186,6 +186,7 @@ async function load(source, title, options = {}) {
 }
 
 function onProgress({ stage, done, total, rate, label }) {
+  if (stage === "room") return; // how many tokens the cache holds: nothing to wait for
   $("stage").textContent = STAGES[stage] ?? label ?? stage;
   const counted = stage === "compile" ? (n) => String(n) : bytes;
   if (total) {

@@ -24,9 +24,14 @@ export class RealmError extends Error {
   }
 }
 
+// `?debug=2` in the page's address: the console shows what every kernel takes.
+const DEBUG = new URLSearchParams(globalThis.location?.search).get("debug");
+
 /** Calls into the worker, and the events and results that come back. */
 class Bridge {
-  #worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
+  #worker = new Worker(new URL(DEBUG ? `./worker.js?debug=${Number(DEBUG)}` : "./worker.js", import.meta.url), {
+    type: "module",
+  });
   #waiting = new Map();
   #nextId = 1;
 
@@ -76,8 +81,9 @@ export class Realm {
   info;
 
   /**
-   * The last answer: {finish_reason, prompt_tokens, completion_tokens, predicted_per_second, prompt_per_second,
-   * time_to_first_token_ms}; null before the first. finish_reason is "stop", "length" or "abort" (stopped).
+   * The answer that ended last: {finish_reason, prompt_tokens, cached_tokens, completion_tokens, predicted_per_second,
+   * prompt_per_second, time_to_first_token_ms}; null before the first. finish_reason is "stop", "length" or "abort"
+   * (stopped).
    */
   stats = null;
 
@@ -96,19 +102,21 @@ export class Realm {
    *   stages: "download" and "store" (bytes, with bytes per second as rate), "boot" (Python starts), "load" (bytes to
    *   the GPU), "compile" (kernels). total is 0 when unknown.
    * @param {AbortSignal} [options.signal] breaks off a download; what has come stays and the next load goes on from it
-   * @param {number} [options.context] tokens of context; default: what the model and the device allow
+   * @param {number} [options.context] tokens that one answer and its prompt may have; default: the model's, at most 8192
+   * @param {number | "max"} [options.kv_tokens] tokens of all answers at a time; default: as many as context
+   * @param {"f16" | "f32" | "q8_0"} [options.kv_type] how they are kept; q8_0 takes half the memory of f16, the default
+   * @param {number} [options.max_seqs] answers written at a time, more wait; default 8
    * @param {boolean} [options.keep] copy a File into the browser's store, to be loaded by its name later
    * @param {number} [options.size] the length that a URL's file must have, if known
    * @returns {Promise<Realm>}
    */
-  static async load(source, { onProgress, signal, context, keep = false, size } = {}) {
+  static async load(source, { onProgress, signal, keep = false, size, ...options } = {}) {
     const where =
       source instanceof Blob
         ? { file: source, keep }
         : /[/:]/.test(source)
           ? { url: new URL(source, location.href).href, size }
           : { stored: source };
-    const options = context === undefined ? {} : { context };
     return new Realm(await bridge().call("load", { source: where, options }, { signal, onEvent: onProgress }));
   }
 
@@ -133,11 +141,12 @@ export class Realm {
   }
 
   /**
-   * Answer a conversation, piece by piece as it is written. Leaving the loop early stops the answer.
+   * Answer a conversation, piece by piece as it is written. Leaving the loop early stops the answer. Several may be
+   * written at once: they share the model, and each step runs for all of them.
    *
    * @param {{role: "system" | "user" | "assistant", content: string}[]} messages
    * @param {object} [options] as in Python: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-   *   frequency_penalty, logit_bias, seed, max_tokens, stop, stop_token_ids, ignore_eos
+   *   frequency_penalty, logit_bias, seed, max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, response_format
    * @returns {AsyncGenerator<string>}
    */
   chat(messages, options = {}) {
@@ -147,6 +156,16 @@ export class Realm {
   /** Continue a text as it stands, without the chat template. Options as for `chat`. */
   generate(prompt, options = {}) {
     return this.#stream({ prompt, options });
+  }
+
+  /** A text as one vector of length 1. options.pooling: "mean", "last" or "cls"; default: the model's own, or mean. */
+  async embed(text, options = {}) {
+    return bridge().call("embed", { text, options, model: this.#model });
+  }
+
+  /** How likely a text is: {token_ids, logprobs}, the natural logarithms; null for the first token. */
+  async score(text) {
+    return bridge().call("score", { text, model: this.#model });
   }
 
   /** End every answer that is being written; their loops finish normally, with `stats.finish_reason` "abort". */

@@ -8,6 +8,7 @@
  */
 
 const FOLDER = "realm-models";
+const NOTES = "realm-notes";
 const READ_CHUNK = 8 << 20;
 const ATTEMPTS = 4;
 
@@ -169,10 +170,31 @@ export function fileSource(file) {
   };
 }
 
-async function folder() {
+/** Small texts by name, such as what was measured of the kernels; where nothing can be kept they are forgotten. */
+export const notes = {
+  async get(name) {
+    try {
+      return await (await (await (await folder(NOTES)).getFileHandle(name)).getFile()).text();
+    } catch {
+      return undefined;
+    }
+  },
+  async put(name, text) {
+    try {
+      const handle = await (await (await folder(NOTES)).getFileHandle(name, { create: true })).createSyncAccessHandle();
+      handle.truncate(0);
+      handle.write(new TextEncoder().encode(text));
+      handle.close();
+    } catch (error) {
+      console.info(`${name} is not kept: ${error.message}`);
+    }
+  },
+};
+
+async function folder(name = FOLDER) {
   try {
     const root = await navigator.storage.getDirectory();
-    return await root.getDirectoryHandle(FOLDER, { create: true });
+    return await root.getDirectoryHandle(name, { create: true });
   } catch (error) {
     throw new StoreError(
       `This browser does not let the page store files here (${error.name}); leave private browsing, or choose a file`,

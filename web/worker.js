@@ -45,8 +45,9 @@ async function start() {
     packageBaseUrl: ASSETS,
     packages: ["realm-web"],
     checkAPIVersion: true,
+    env: { REALM_DEBUG: new URLSearchParams(self.location.search).get("debug") ?? "0" },
   });
-  const page = pyodide.pyimport("realm_web.page").Page();
+  const page = pyodide.pyimport("realm_web.page").Page(store.notes);
   return { pyodide, page };
 }
 
@@ -99,6 +100,16 @@ const calls = {
   async chat(request, { id, signal, emit }) {
     const { page } = await boot();
     return python(page, "chat", id, signal, JSON.stringify(request), (text) => emit({ text }));
+  },
+
+  async embed(request, { id, signal }) {
+    const { page } = await boot();
+    return python(page, "embed", id, signal, JSON.stringify(request));
+  },
+
+  async score(request, { id, signal }) {
+    const { page } = await boot();
+    return python(page, "score", id, signal, JSON.stringify(request));
   },
 
   async close({ model }, { id, signal }) {

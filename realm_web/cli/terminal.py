@@ -21,7 +21,7 @@ from rich.text import Text
 from realm_web.cli.text import human_bytes, visible
 
 if TYPE_CHECKING:
-    from realm_web import engine
+    from realm_web import opening
 
 PIPED_WIDTH = 200  # characters
 STAGES = {"download": "downloading", "load": "loading weights", "compile": "compiling kernels"}
@@ -80,9 +80,9 @@ class LoadProgress:
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, progress: "engine.Progress") -> None:
+    def __call__(self, progress: "opening.Progress") -> None:
         name = progress.stage
-        if name == "room":  # of the KV cache: nothing to wait for
+        if name in ("room", "tune"):  # a word about the KV cache, or why it takes longer this once
             if not self._bars.disable:
                 self._bars.console.print(Text(progress.label, style="dim"))
             return

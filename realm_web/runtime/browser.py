@@ -207,7 +207,7 @@ class BrowserBackend:
 
     def __init__(self, device: Any, info: AdapterInfo):
         self.info, self._device = info, device
-        self._callbacks: dict[int, Callable[[bytes | BaseException], None]] = {}  # by number of the readback
+        self._readbacks: dict[int, Readback] = {}  # under way, by number
         self._numbers = itertools.count()
         self._on_result_proxy = create_proxy(self._on_result)
         self._js = run_js(HELPERS)(device, self._on_result_proxy)
@@ -231,9 +231,11 @@ class BrowserBackend:
             proxy.destroy()
 
     async def read(self, handle: Any, offset: int, nbytes: int) -> bytes:
+        readback = Readback()
         number = next(self._numbers)
+        self._readbacks[number] = readback
         self._js.read(number, handle, offset, nbytes)
-        return await Readback(self, number)
+        return await readback
 
     async def compile(self, kernels: Sequence[Kernel], on_done: Callable[[], None]) -> None:
         async def one(kernel: Kernel) -> None:
@@ -263,12 +265,13 @@ class BrowserBackend:
         replay = self._js.record(kernels, to_js(list(bindings)), grids, *source, *target)
         if readback is None:
             return replay
-        numbers = self._numbers
+        numbers, readbacks = self._numbers, self._readbacks
 
         def enqueue() -> Readback:
             number = next(numbers)
+            readback = readbacks[number] = Readback()
             replay(number)
-            return Readback(self, number)
+            return readback
 
         return enqueue
 
@@ -281,15 +284,13 @@ class BrowserBackend:
 
     def _on_result(self, number: int, data: Any, problem: str | None, reported: str | None) -> None:
         """A readback's bytes, or why there are none, and what the device reported meanwhile."""
-        callback = self._callbacks.pop(number, None)
-        if callback is None:  # nobody waits for it
-            return
+        arrive = self._readbacks.pop(number).arrive
         if reported is not None:
-            callback(self._error(reported))
+            arrive(self._error(reported))
         elif problem is not None:
-            callback(DeviceError(f"{self.info.name} stopped answering: {problem}"))
+            arrive(DeviceError(f"{self.info.name} stopped answering: {problem}"))
         else:
-            callback(data.encode("latin-1") if isinstance(data, str) else data.to_bytes())
+            arrive(data.encode("latin-1") if isinstance(data, str) else data.to_bytes())
 
     def check(self) -> None:
         """Raise what the device reported since the last call: WebGPU tells of errors only afterwards."""
@@ -313,15 +314,16 @@ class BrowserBackend:
 class Readback:
     """The bytes of a copy under way. JavaScript hands them over by number: one call of Python, no promise."""
 
-    __slots__ = ("_backend", "_number")
+    __slots__ = ("_callback", "_data")
 
-    def __init__(self, backend: BrowserBackend, number: int):
-        self._backend, self._number = backend, number
+    def __init__(self) -> None:
+        self._callback: Callable[[bytes | BaseException], None] | None = None
+        self._data: bytes | BaseException | None = None
 
     def __await__(self):
         future = asyncio.get_running_loop().create_future()
 
-        def arrive(data: bytes | BaseException) -> None:
+        def pass_on(data: bytes | BaseException) -> None:
             if future.cancelled():
                 return
             if isinstance(data, BaseException):
@@ -329,8 +331,17 @@ class Readback:
             else:
                 future.set_result(data)
 
-        self.then(arrive)
+        self.then(pass_on)
         return (yield from future)
 
     def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        self._backend._callbacks[self._number] = callback
+        if self._data is None:
+            self._callback = callback
+        else:  # it came before anybody asked
+            asyncio.get_running_loop().call_soon(callback, self._data)
+
+    def arrive(self, data: bytes | BaseException) -> None:
+        if self._callback is None:
+            self._data = data
+        else:
+            self._callback(data)

@@ -25,10 +25,12 @@ def tile_cases() -> Iterator[Case]:
         consts, tensors, out, grid = _product(
             fmt, m, n, k, act, bias, residual, offset, tuning, lambda rng: [rows(normal(rng, m, k))], per_seq
         )
-        name = f"matmul {fmt} {m}x{n}x{k} {x_as}{' ' * bool(act) + act}{' of sequences' * per_seq} {tuning}"
+        name = (
+            f"matmul {fmt} {m}x{n}x{k} {x_as}{' ' * bool(act) + act}{' per_seq' * per_seq} {_short(tuning)}"
+        )
         return Case(name, "matmul", consts | {"x_as": x_as}, tensors, (2 + out,), grid, FMA)
 
-    small = {"bm": 16, "bn": 64, "tm": 4, "tn": 4, "chunks": 1, "splits": 1}
+    small = {"bm": 16, "bn": 64, "tm": 4, "tn": 4, "chunks": 1, "stages": 1, "splits": 1}
     for fmt in FORMATS:
         for x_as in ("ints", "f32") if FORMATS[fmt].is_quantised else ("f32",):
             chunks = 2 if x_as == "ints" else 1
@@ -38,12 +40,13 @@ def tile_cases() -> Iterator[Case]:
     for fmt in ("Q4_1", "Q4_K", "Q6_K", "Q2_K"):
         for x_as in ("ints", "f32"):
             yield case(fmt, 70, 70, 256, x_as, "silu_mul", **small | {"bm": 64, "tm": 8})
-            yield case(fmt, 32, 64, 512, x_as, **small | {"splits": 4})
+            yield case(fmt, 32, 64, 512, x_as, **small | {"splits": 4, "stages": 2})
     yield case(
         "Q4_K", 32, 64, 512, "ints", "gelu_mul", **small | {"bm": 32, "tn": 8, "chunks": 4, "splits": 2}
     )
     yield case("Q4_K", 3, 70, 256, "ints", per_seq=True, **small)
     yield case("F16", 3, 70, 256, "f32", per_seq=True, **small | {"bn": 32})
+    yield case("F16", 20, 70, 96, "f32", **small | {"bn": 32, "stages": 2})
 
 
 def half_rows_cases() -> Iterator[Case]:
@@ -71,6 +74,10 @@ def half_rows_cases() -> Iterator[Case]:
         # packing may truncate instead of rounding (WGSL leaves it open): one unit of f16
         yield Case(name, "half_rows", consts, tensors, (2 + norm,), (6,), 1e-3, needs, subgroup, "f16")
         yield Case(name + " scale", "half_rows", consts, tensors, (3 + norm,), (6,), 0.0, needs, subgroup)
+
+
+def _short(tuning: dict[str, int]) -> str:
+    return " ".join(f"{name} {value}" for name, value in tuning.items() if (name, value) != ("splits", 1))
 
 
 def _product(fmt, m, n, k, act, bias, residual, offset, tuning, x, per_seq=False):
@@ -102,7 +109,7 @@ def units_cases() -> Iterator[Case]:
 
         consts, tensors, out, grid = _product(fmt, m, n, k, act, bias, residual, offset, tuning, x)
         consts |= {"rows": m}
-        name = f"matmul_units {fmt} {m}x{n}x{k}{' ' * bool(act) + act} {tuning}"
+        name = f"matmul_units {fmt} {m}x{n}x{k}{' ' * bool(act) + act} {_short(tuning)}"
         tolerance = FMA if fmt in ("F16", "BF16") else HALF  # the weights, too, become float16
         return Case(name, "matmul_units", consts, tensors, (3 + out,), grid, tolerance, ("subgroup_matrix",))
 

@@ -37,8 +37,8 @@ def shared_bytes(tiles: matmuls.Tiles) -> int:
         tile = 2 * (bn * (32 * t["chunks"] + 8) + 32 * t["chunks"] * (bm + 8)) * t["stages"]
         return tile + 4 * 2 * 256 * subgroups
     if t["x_as"] == "f32":
-        return 16 * 8 * t["chunks"] * (bm + bn)
-    return (16 * (2 * t["chunks"] + 1) + 4 * 4 * t["chunks"]) * (bm + bn)
+        return 16 * 8 * t["chunks"] * (bm + bn) * t["stages"]
+    return (16 * (2 * t["chunks"] + 1) + 4 * 4 * t["chunks"]) * (bm + bn) * t["stages"]
 
 
 def threads(tiles: matmuls.Tiles) -> int:

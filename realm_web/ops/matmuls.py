@@ -44,7 +44,7 @@ def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
 
 
 def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
-    tuning = (("x_as", x_as), ("tm", tm), ("tn", tn), ("chunks", chunks))
+    tuning = (("x_as", x_as), ("tm", tm), ("tn", tn), ("chunks", chunks), ("stages", 1))
     return Tiles("matmul", bm, bn, tuning, group=bn // tn)
 
 

@@ -7,7 +7,7 @@
 // splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
 // With act a tile's columns are `across` gate rows, their up rows, the next `across` gate rows... (across = bn / tn)
 // constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
-// tuning: x_as, bm, bn, tm, tn, chunks, splits
+// tuning: x_as, bm, bn, tm, tn, chunks, stages (2: one turn's tiles are made while those before are used), splits
 // grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/ints.wgsl" as int
@@ -35,13 +35,13 @@
 {# An odd stride spreads the rows over the banks. #}
 # set stride = 2 * chunks + 1
 # set low = {"halves": "vec2<f32>", "chunk": "f32"}[own.minimum] if own.minimum else ""
-var<workgroup> xs: array<vec4<u32>, {{ bm * stride }}>;  // (m, chunk, half)
-var<workgroup> ws: array<vec4<u32>, {{ bn * stride }}>;  // (n, chunk, half)
-var<workgroup> xd: array<f32, {{ bm * chunks }}>;  // (chunk, m)
-var<workgroup> wd: array<{{ "vec2<f32>" if own.halves else "f32" }}, {{ bn * chunks }}>;  // (chunk, n)
+var<workgroup> xs: array<vec4<u32>, {{ stages * bm * stride }}>;  // (m, chunk, half)
+var<workgroup> ws: array<vec4<u32>, {{ stages * bn * stride }}>;  // (n, chunk, half)
+var<workgroup> xd: array<f32, {{ stages * bm * chunks }}>;  // (chunk, m)
+var<workgroup> wd: array<{{ "vec2<f32>" if own.halves else "f32" }}, {{ stages * bn * chunks }}>;  // (chunk, n)
 # if low
-var<workgroup> xm: array<{{ low }}, {{ bm * chunks }}>;
-var<workgroup> wm: array<{{ low }}, {{ bn * chunks }}>;
+var<workgroup> xm: array<{{ low }}, {{ stages * bm * chunks }}>;
+var<workgroup> wm: array<{{ low }}, {{ stages * bn * chunks }}>;
 # endif
 
 fn signed_bytes(v: vec4<u32>) -> vec4<u32> {
@@ -53,8 +53,8 @@ fn signed_bytes(v: vec4<u32>) -> vec4<u32> {
   # endif
 }
 # else
-var<workgroup> xs: array<vec4<f32>, {{ 8 * bm * chunks }}>;  // (m, k), as `place` has it
-var<workgroup> ws: array<vec4<f32>, {{ 8 * bn * chunks }}>;  // (n, k)
+var<workgroup> xs: array<vec4<f32>, {{ stages * 8 * bm * chunks }}>;  // (m, k), as `place` has it
+var<workgroup> ws: array<vec4<f32>, {{ stages * 8 * bn * chunks }}>;  // (n, k)
 
 {# Neighbouring rows keep the same k in different banks. #}
 fn place(row: u32, k4: u32) -> u32 {
@@ -108,69 +108,89 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endif
   # endfor
   # endmacro
+  {# What was fetched, of chunk c on, into half `to` (0u or 1u) of workgroup memory. #}
+  # macro put(c, to)
+  # for i in range(n_w)
+  # set t = "(lid + %du)" % (i * wg)
+  {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
+    let row = {{ t }} / {{ chunks }}u + {{ to }} * {{ bn }}u;
+    let cc = {{ t }} % {{ chunks }}u;
+    # if ints
+    let v = w_ints(raw{{ i }}, w{{ i }} + {{ c }});
+    ws[row * {{ stride }}u + cc * 2u] = signed_bytes(v.a);
+    ws[row * {{ stride }}u + cc * 2u + 1u] = signed_bytes(v.b);
+    wd[cc * {{ stages * bn }}u + row] = v.s{{ "" if own.halves else ".x" }};
+    # if low
+    wm[cc * {{ stages * bn }}u + row] = v.m{{ "" if own.minimum == "halves" else ".x" }};
+    # endif
+    # else
+    let v = {{ "w_floats(w_ints(raw%d, w%d + %s))" % (i, i, c) if ahead else "w_decode(w%d + %s)" % (i, c) }};
+    # for e in range(8)
+    ws[place(row, cc * 8u + {{ e }}u)] = v[{{ e }}];
+    # endfor
+    # endif
+  }
+  # endfor
+  # for i in range(n_x)
+  # set t = "(lid + %du)" % (i * wg)
+  {{ "if (%s < %du) " % (t, bm * x_items) if (i + 1) * wg > bm * x_items }}{
+    let row = {{ t }} / {{ x_items }}u + {{ to }} * {{ bm }}u;
+    let cc = {{ t }} % {{ x_items }}u;
+    # if ints
+    xs[row * {{ stride }}u + cc * 2u] = x{{ i }}.a;
+    xs[row * {{ stride }}u + cc * 2u + 1u] = x{{ i }}.b;
+    xd[cc * {{ stages * bm }}u + row] = x{{ i }}.d;
+    # if own.minimum == "halves"
+    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.d * vec2<f32>(x{{ i }}.sums);
+    # elif low
+    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.d * f32(x{{ i }}.sums.x + x{{ i }}.sums.y);
+    # endif
+    # else
+    xs[place(row, cc)] = x{{ i }};
+    # endif
+  }
+  # endfor
+  # endmacro
 {{ fetch("begin", "var") }}
+  # if stages == 2
+{{ put("begin", "0u") }}
+  let second = begin + {{ [chunks, share - chunks] | min }}u;
+{{ fetch("second", "") }}
+  # endif
   for (var c = begin; c < begin + {{ share }}u; c += {{ chunks }}u) {
-    # for i in range(n_w)
-    # set t = "(lid + %du)" % (i * wg)
-    {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
-      let row = {{ t }} / {{ chunks }}u;
-      let cc = {{ t }} % {{ chunks }}u;
-      # if ints
-      let v = w_ints(raw{{ i }}, w{{ i }} + c);
-      ws[row * {{ stride }}u + cc * 2u] = signed_bytes(v.a);
-      ws[row * {{ stride }}u + cc * 2u + 1u] = signed_bytes(v.b);
-      wd[cc * {{ bn }}u + row] = v.s{{ "" if own.halves else ".x" }};
-      # if low
-      wm[cc * {{ bn }}u + row] = v.m{{ "" if own.minimum == "halves" else ".x" }};
-      # endif
-      # else
-      let v = {{ "w_floats(w_ints(raw%d, w%d + c))" % (i, i) if ahead else "w_decode(w%d + c)" % i }};
-      # for e in range(8)
-      ws[place(row, cc * 8u + {{ e }}u)] = v[{{ e }}];
-      # endfor
-      # endif
-    }
-    # endfor
-    # for i in range(n_x)
-    # set t = "(lid + %du)" % (i * wg)
-    {{ "if (%s < %du) " % (t, bm * x_items) if (i + 1) * wg > bm * x_items }}{
-      let row = {{ t }} / {{ x_items }}u;
-      let cc = {{ t }} % {{ x_items }}u;
-      # if ints
-      xs[row * {{ stride }}u + cc * 2u] = x{{ i }}.a;
-      xs[row * {{ stride }}u + cc * 2u + 1u] = x{{ i }}.b;
-      xd[cc * {{ bm }}u + row] = x{{ i }}.d;
-      # if own.minimum == "halves"
-      xm[cc * {{ bm }}u + row] = x{{ i }}.d * vec2<f32>(x{{ i }}.sums);
-      # elif low
-      xm[cc * {{ bm }}u + row] = x{{ i }}.d * f32(x{{ i }}.sums.x + x{{ i }}.sums.y);
-      # endif
-      # else
-      xs[place(row, cc)] = x{{ i }};
-      # endif
-    }
-    # endfor
-    workgroupBarrier();
     // the next chunks are on their way while these are worked on; after the last come the last again
     let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
+    # if stages == 2
+    workgroupBarrier();
+    let half = ((c - begin) / {{ chunks }}u) & 1u;
+    let after = min(c + {{ 2 * chunks }}u, begin + {{ share - chunks }}u);
+{{ put("next", "(1u - half)") }}
+{{ fetch("after", "") }}
+    # else
+{{ put("c", "0u") }}
+    workgroupBarrier();
+    let half = 0u;
 {{ fetch("next", "") }}
+    # endif
+    let own_tx = tx + half * {{ bn }}u;
+    let own_ty = ty + half * {{ bm }}u;
     # if ints
     for (var cc = 0u; cc < {{ chunks }}u; cc++) {
       # for j in range(tn)
-      let a{{ j }} = ws[(tx + {{ j * across }}u) * {{ stride }}u + cc * 2u];
-      let b{{ j }} = ws[(tx + {{ j * across }}u) * {{ stride }}u + cc * 2u + 1u];
-      let d{{ j }} = wd[cc * {{ bn }}u + tx + {{ j * across }}u];
+      let a{{ j }} = ws[(own_tx + {{ j * across }}u) * {{ stride }}u + cc * 2u];
+      let b{{ j }} = ws[(own_tx + {{ j * across }}u) * {{ stride }}u + cc * 2u + 1u];
+      let d{{ j }} = wd[cc * {{ stages * bn }}u + own_tx + {{ j * across }}u];
       # if low
-      let low{{ j }} = wm[cc * {{ bn }}u + tx + {{ j * across }}u];
+      let low{{ j }} = wm[cc * {{ stages * bn }}u + own_tx + {{ j * across }}u];
       # endif
       # endfor
       # for i in range(tm)
       {
-        let a = xs[(ty + {{ i * down }}u) * {{ stride }}u + cc * 2u];
-        let b = xs[(ty + {{ i * down }}u) * {{ stride }}u + cc * 2u + 1u];
-        let d = xd[cc * {{ bm }}u + ty + {{ i * down }}u];
+        let a = xs[(own_ty + {{ i * down }}u) * {{ stride }}u + cc * 2u];
+        let b = xs[(own_ty + {{ i * down }}u) * {{ stride }}u + cc * 2u + 1u];
+        let d = xd[cc * {{ stages * bm }}u + own_ty + {{ i * down }}u];
         # if low
-        let m = xm[cc * {{ bm }}u + ty + {{ i * down }}u];
+        let m = xm[cc * {{ stages * bm }}u + own_ty + {{ i * down }}u];
         # endif
         # for j in range(tn)
         # if own.halves
@@ -190,11 +210,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     # else
     for (var k4 = 0u; k4 < {{ 8 * chunks }}u; k4++) {
       # for j in range(tn)
-      let w{{ j }} = ws[place(tx + {{ j * across }}u, k4)];
+      let w{{ j }} = ws[place(own_tx + {{ j * across }}u, k4)];
       # endfor
       # for i in range(tm)
       {
-        let v = xs[place(ty + {{ i * down }}u, k4)];
+        let v = xs[place(own_ty + {{ i * down }}u, k4)];
         # for j in range(tn)
         sum{{ i }}_{{ j }} += dot(w{{ j }}, v);
         # endfor
@@ -202,7 +222,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
       # endfor
     }
     # endif
+    # if stages == 1
     workgroupBarrier();
+    # endif
   }
   # for i in range(tm)
   # if splits > 1

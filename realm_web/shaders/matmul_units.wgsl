@@ -106,7 +106,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endmacro
   # if stages == 2
 {{ put("begin", "0u", "0u") }}
-  let second = min(begin + {{ chunks }}u, {{ "begin + %du" % (share - chunks) }});
+  let second = begin + {{ [chunks, share - chunks] | min }}u;
 {{ fetch("second") }}
   var turn = 0u;
   # endif

@@ -80,6 +80,8 @@ def activation_words(k: int) -> int:
     return 4 * (2 * chunks + (chunks + 1) // 2)
 
 
+CODEBOOK_FORMATS = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+
 WORDS_OF_TYPE = {"u32": 1, "vec2<u32>": 2, "vec4<u32>": 4}  # what a part's binding may be an array of
 
 
@@ -112,6 +114,11 @@ class QuantFormat:
     def is_quantised(self) -> bool:
         """Not plain floats: weights are small integers with scales, or rows of a table."""
         return self.block_elements > 1
+
+    @property
+    def has_table(self) -> bool:
+        """Whether codes are looked up: in a grid, or in a codebook of 16 values."""
+        return bool(self.grid) or self.name in CODEBOOK_FORMATS
 
     @property
     def n_bindings(self) -> int:

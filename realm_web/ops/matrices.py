@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from realm_web.ops import matmuls
 from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
+from realm_web.quants import FORMATS
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
 
@@ -51,6 +52,11 @@ class Shape:
         return f"{self.fmt} {'2 x ' * self.act}{self.n} x {self.k}, {self.m_tile} rows{made}"
 
     @property
+    def fills_memory(self) -> bool:
+        """Whether workgroups make activations, or hold a table of the format."""
+        return self.own or FORMATS[self.fmt].has_table
+
+    @property
     def m_tile(self) -> int:
         return min(MATVEC_ROWS, 1 << (self.m - 1).bit_length())
 
@@ -81,7 +87,7 @@ def default_matvec(device: Device, shape: Shape, *, ints: bool) -> Matvec:
 def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
     """Few rows of weights are spread over more lanes, so that enough loads are under way everywhere.
 
-    Where workgroups make their own activations they are few and large.
+    Where workgroups fill their memory first, with activations or a table, they are few and large.
     """
     n = shape.n * (1 + shape.act)
     lanes = size if n >= 8192 or shape.k < 64 * size else 2 * size
@@ -93,9 +99,9 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
         return Matvec(lanes, 2, max(lanes, min(256, most)), shape.m_tile, subgroup)
     if shape.to_bytes:
         return Matvec(size, max(1, 32 * size // most), most, 1, subgroup)
-    if not shape.own:
+    if not shape.fills_memory:
         return Matvec(lanes, 1, max(lanes, min(256, most)), 1, subgroup)
-    if shape.k < 1024:
+    if shape.own and shape.k < 1024:
         return Matvec(max(size // 2, 1), 1 + shape.act, min(128, most), 1, subgroup)
     if shape.k >= 8192:
         lanes = 4 * size

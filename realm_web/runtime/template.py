@@ -5,7 +5,8 @@ A kernel is `shaders/<name>.wgsl`. Inside a template
   the order of these calls is the order of the tensors given to `Program.add`;
 - `{{ weight("w", "Q4_K") }}` includes the snippet `shaders/quant/q4_k.wgsl`, which declares the bindings of
   one packed weight, and a function `w_decode(chunk) -> array<vec4<f32>, 8>`;
-- `{{ weight_ints("w", "Q4_K") }}` does so for products with activations of 8 bits (`lib/ints.wgsl`);
+- `{{ weight_ints("w", "Q4_K") }}` does so for products with activations of 8 bits (`lib/ints.wgsl`). If it gets
+  the number of threads too, and `has_table("IQ4_NL")`, they call `w_prepare(lid)` and pass a barrier first;
 - `codebook_words("iq4")` are the four words of a codebook of `grids.py`;
 - lines that begin with `#` are jinja2 statements.
 
@@ -74,17 +75,20 @@ def render(name: str, consts: dict[str, object]) -> Source:
             return own.decode(variable, bind)
         return weight_ints(variable, fmt) + ints.decode(variable, own.offset, own.minimum)
 
-    def weight_ints(variable: str, fmt: str) -> str:
+    def weight_ints(variable: str, fmt: str, wg: int = 0) -> str:
         own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
-        parts = ints.types(), own.ints(variable, bind), ints.product(own.offset, own.halves, own.minimum)
-        return "\n".join(parts)
+        chunk = own.ints(variable, bind, wg) if has_table(fmt) else own.ints(variable, bind)
+        return "\n".join((ints.types(), chunk, ints.product(own.offset, own.halves, own.minimum)))
+
+    def has_table(fmt: str) -> bool:
+        return hasattr(environment.get_template(f"quant/{fmt.lower()}.wgsl").module, "table")
 
     def repack(fmt: str) -> str:
         return environment.get_template(f"quant/{fmt.lower()}.wgsl").module.repack(bind)
 
     try:
         code = environment.get_template(f"{name}.wgsl").render(
-            **consts, bind=bind, weight=weight, weight_ints=weight_ints, repack=repack
+            **consts, bind=bind, weight=weight, weight_ints=weight_ints, has_table=has_table, repack=repack
         )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)

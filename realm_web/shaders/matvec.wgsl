@@ -26,7 +26,7 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("norm", "vec4<f32>") if x_as == "norm" }}
-{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt) }}
+{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg) }}
 # if out_as == "ints"
 {{ epilogue.keep(bind, act, bias, scale, softcap, out_offset, m_tile, groups * rows) }}
 {{ bind("out", "u32", "read_write") }}
@@ -130,8 +130,13 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # set whole = chunks // span
   // the first weights are under way before the activations are made
 {{ fetch("lane", whole == 0) }}
+  # if has_table(fmt)
+  w_prepare(lid);
+  # endif
   # if own
 {{ quantise.row("x", "m0 * %du" % (k // 4), k, wg, subgroup, "norm" if x_as == "norm" else "", eps, {"name": "x_own", "plane": ints.plane(k) | int}) }}
+  # endif
+  # if own or has_table(fmt)
   workgroupBarrier();
   # endif
   {

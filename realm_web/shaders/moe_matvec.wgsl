@@ -21,7 +21,7 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("routes", "vec2<u32>") }}
-{{ weight_ints("w", fmt) if x_as == "ints" else weight("w", fmt) }}
+{{ weight_ints("w", fmt, wg) if x_as == "ints" else weight("w", fmt) }}
 {{ ints.activations("x", k) if x_as == "ints" }}
 # if bias
 {{ bind("bias", "f32") }}
@@ -52,6 +52,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     return;
   }
   # endif
+  # endif
+  # if x_as == "ints" and has_table(fmt)
+  w_prepare(lid);
+  workgroupBarrier();
   # endif
   let lane = lid % {{ lanes }}u;
   let n0 = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + lid / {{ lanes }}u) * {{ rows }}u;

@@ -2,13 +2,14 @@
    sign of delta; then 4 halves of 4 scales (3 bits, for 16 weights each) and a nibble of the f16 d; t the grid.
    weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
-# set offset, halves, minimum = 0, true, none
-# macro ints(w, bind)
+# set offset, halves, minimum = 9, true, none
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.shifted(w) }}
+{{ grid.codes(w, 2048, wg) }}
 
 struct {{ w }}_Raw {
   q: u32,
@@ -29,8 +30,8 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let scales = select(raw.b, raw.a, j < 4u) >> (16u * ((j >> 1u) & 1u) + 6u * (j & 1u));
   let scale = unpack2x16float(bits).x * vec2<f32>(2u * (vec2<u32>(scales, scales >> 3u) & vec2<u32>(7u)) + 1u);
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 4 * g }}u) & 7u) << 8u)];
-  let n{{ g }} = ((h >> {{ 4 * g + 3 }}u) & 1u) != 0u;
+  let t{{ g }} = {{ w }}_codes(((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 4 * g }}u) & 7u) << 8u));
+  let n{{ g }} = select(0x02020202u, 0u, ((h >> {{ 4 * g + 3 }}u) & 1u) != 0u);
   # endfor
   return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, 0.125 * scale, vec2<f32>());
 }

@@ -1,13 +1,14 @@
 {# IQ1_S: q per chunk: low 8 bits of 4 row indices; s, 5 words per 256-block: f16 d, then a half per chunk: 4 times 3 high
    bits of the indices, 3 bits scale, sign of delta; t the grid. weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
-# set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set offset, halves, minimum = 9, false, none
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.shifted(w) }}
+{{ grid.codes(w, 2048, wg) }}
 
 struct {{ w }}_Raw {
   q: u32,
@@ -23,8 +24,8 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let h = raw.s >> (16u * (c & 1u));
   let scale = unpack2x16float(raw.d).x * f32(2u * ((h >> 12u) & 7u) + 1u);
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u)];
-  let n{{ g }} = (h & 0x8000u) != 0u;
+  let t{{ g }} = {{ w }}_codes(((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u));
+  let n{{ g }} = select(0x02020202u, 0u, (h & 0x8000u) != 0u);
   # endfor
   return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, vec2<f32>(0.125 * scale), vec2<f32>());
 }

@@ -2,11 +2,13 @@
    scale of weights 0-15 low, of weights 16-31 high nibble; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, true, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
+{{ grid.table(w, "vec2<u32>", 512, wg) }}
 {{ grid.signed(w) }}
 {{ grid.even(w) }}
 
@@ -25,7 +27,7 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(scales, scales >> 4u) & vec2<u32>(15u))) * 0.25;
   # for g in range(4)
   let p{{ g }} = raw.q.{{ "xy"[g // 2] }} >> {{ 16 * (g % 2) }}u;
-  let t{{ g }} = {{ w }}_t[p{{ g }} & 511u];
+  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[p{{ g }} & 511u];
   let s{{ g }} = {{ w }}_even((p{{ g }} >> 9u) & 127u);
   # endfor
   return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, d, vec2<f32>());

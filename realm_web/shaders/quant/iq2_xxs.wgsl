@@ -2,11 +2,13 @@
    grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
+{{ grid.table(w, "vec2<u32>", 256, wg) }}
 {{ grid.signed(w) }}
 {{ grid.even(w) }}
 
@@ -22,7 +24,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.s).x * (0.5 + f32(raw.q.y >> 28u)) * 0.25;
   # for g in range(4)
-  let t{{ g }} = {{ w }}_t[(raw.q.x >> {{ 8 * g }}u) & 255u];
+  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[(raw.q.x >> {{ 8 * g }}u) & 255u];
   let s{{ g }} = {{ w }}_even((raw.q.y >> {{ 7 * g }}u) & 127u);
   # endfor
   return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, vec2<f32>(d), vec2<f32>());

@@ -2,11 +2,13 @@
    per chunk: high bits of the indices; a word per chunk: signs; t the grid. weight = d * (2 * scale + 1) * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
+{{ grid.table(w, "u32", 512, wg) }}
 {{ grid.signed(w) }}
 
 struct {{ w }}_Raw {
@@ -27,7 +29,7 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * f32(2u * scale + 1u);
   let high = raw.high >> (8u * (c & 3u));
   # for g in range(8)
-  let t{{ g }} = {{ w }}_t[((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
+  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
   # endfor
   # for g in range(4)
   let s{{ g }} = raw.signs >> {{ 8 * g }}u;

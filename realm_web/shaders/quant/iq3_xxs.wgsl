@@ -2,11 +2,13 @@
    4 bits scale; t the grid. weight = d * (scale + 1/2) / 2 * row, signed. #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
+{{ grid.table(w, "u32", 256, wg) }}
 {{ grid.signed(w) }}
 {{ grid.even(w) }}
 
@@ -24,7 +26,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * (0.5 + f32(raw.s >> 28u)) * 0.5;
   # for g in range(8)
-  let t{{ g }} = {{ w }}_t[(raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u];
+  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[(raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u];
   # endfor
   # for g in range(4)
   let s{{ g }} = {{ w }}_even((raw.s >> {{ 7 * g }}u) & 127u);

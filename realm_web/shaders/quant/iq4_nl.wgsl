@@ -1,11 +1,12 @@
 {# IQ4_NL: q and s as Q4_0, a nibble is an index into a codebook: weight = d * codebook[nibble]. #}
 # import "quant/lib_codebook.wgsl" as codebook
 # set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-{{ codebook.lookup(w, "iq4") }}
+{{ codebook.lookup(w, "iq4", wg) }}
 
 struct {{ w }}_Raw {
   q: vec4<u32>,
@@ -17,9 +18,8 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let low = {{ w }}_lookup(raw.q & vec4<u32>(0x0f0f0f0fu));
-  let high = {{ w }}_lookup((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu));
-  return Ints(low, high, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
+  let q = {{ w }}_halves(raw.q);
+  return Ints(q[0], q[1], vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
 }
 # endmacro
 

@@ -2,11 +2,12 @@
    holds nibbles, indices into a codebook. weight = d * (scale - 32) * codebook[nibble]. #}
 # import "quant/lib_codebook.wgsl" as codebook
 # set offset, halves, minimum = 0, false, none
-# macro ints(w, bind)
+# set table = true
+# macro ints(w, bind, wg)
 {{ bind(w ~ "_h", "vec2<u32>") }}
 {{ bind(w ~ "_q", "vec4<u32>") }}
 
-{{ codebook.lookup(w, "iq4") }}
+{{ codebook.lookup(w, "iq4", wg) }}
 
 struct {{ w }}_Raw {
   h: vec2<u32>,
@@ -18,11 +19,10 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let low = {{ w }}_lookup(raw.q & vec4<u32>(0x0f0f0f0fu));
-  let high = {{ w }}_lookup((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu));
+  let q = {{ w }}_halves(raw.q);
   let j = c & 7u;
   let scale = ((raw.h.y >> (4u * j)) & 15u) | (((raw.h.x >> (16u + 2u * j)) & 3u) << 4u);
-  return Ints(low, high, vec2<f32>(unpack2x16float(raw.h.x).x * (f32(scale) - 32.0)), vec2<f32>());
+  return Ints(q[0], q[1], vec2<f32>(unpack2x16float(raw.h.x).x * (f32(scale) - 32.0)), vec2<f32>());
 }
 # endmacro
 

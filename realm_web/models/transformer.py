@@ -197,7 +197,7 @@ class Transformer:
         if attention.qk_norm and c.arch.qk_norm == "head":
             norm = HeadNorm(*attention.qk_norm, c.norm_eps)
         elif attention.qk_norm:
-            ops.qk_norm(r, qkv, *attention.qk_norm, 1, 1, c.norm_eps)
+            ops.qk_norm(r, qkv, *attention.qk_norm, c.norm_eps)
         ops.attention(
             r, qkv, rope, pages, attended, n_heads=n_heads, scale=c.attention_scale, norm=norm,
             window=kind.window, softcap=c.attention_softcap, sinks=attention.sinks,

@@ -57,16 +57,13 @@ def gated(r: Recorder, x: Tensor, out: Tensor, act: str) -> None:
     r.add(kernel, (r.step, x, out), (-(-n * dim // 256),))
 
 
-def qk_norm(
-    r: Recorder, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, n_q: int, n_k: int, eps: float
-) -> None:  # fmt: skip
-    """Norm n_q slices of q and n_k of k in place; the weights say how long a slice is."""
+def qk_norm(r: Recorder, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:
+    """Norm q and k in place, each over all of its heads."""
     kernel = r.device.kernel(
-        "qk_norm", n_q=n_q, len_q=q_weight.shape[0], n_k=n_k, len_k=k_weight.shape[0],
-        stride=qkv.shape[-1],
-        eps=eps, wg=64, subgroup=r.device.subgroup_size, st=r.layout,
+        "qk_norm", len_q=q_weight.shape[0], len_k=k_weight.shape[0], stride=qkv.shape[-1], eps=eps, wg=256,
+        subgroup=r.device.subgroup_size, st=r.layout,
     )  # fmt: skip
-    r.add(kernel, (r.step, qkv, q_weight, k_weight), (n_q + n_k, r.n_rows))
+    r.add(kernel, (r.step, qkv, q_weight, k_weight), (2, r.n_rows))
 
 
 def short_conv(r: Recorder, bcx: Tensor, weight: Tensor, state: State, out: Tensor) -> None:

@@ -218,11 +218,11 @@ def qk_norm(c: dict, views: list[np.ndarray]) -> None:
     step, qkv, weights = v.u32(), v.f32(-1, c["stride"]), (v.f32(c["len_q"]), v.f32(c["len_k"]))
     n = int(step[st.N_ROWS])
     start = 0
-    for n_slices, length, weight in zip((c["n_q"], c["n_k"]), (c["len_q"], c["len_k"]), weights, strict=True):
-        x = qkv[:n, start : start + n_slices * length].reshape(n, n_slices, length)
+    for weight in weights:
+        x = qkv[:n, start : start + len(weight)]
         scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(c["eps"]))
-        qkv[:n, start : start + n_slices * length] = (x * scale * weight).reshape(n, -1)
-        start += n_slices * length
+        x[...] = x * scale * weight
+        start += len(weight)
 
 
 @twin

@@ -1,7 +1,6 @@
-// RMS norm of parts of q and k, in place: n_q slices of len_q elements, then n_k of len_k, each with its weight.
-// One slice per head (Qwen 3, Gemma 3), or one for all heads (OLMo 2).
+// RMS norm of q and of k in place, each over all of its heads (OLMo 2); norms of single heads are done with the rotation.
 // step;  qkv (n_rows, stride) f32;  q_weight (len_q,) f32;  k_weight (len_k,) f32
-// constants: n_q, len_q, n_k, len_k, stride, eps, wg, subgroup, st;  grid: (n_q + n_k, n_rows, 1)
+// constants: len_q, len_k, stride, eps, wg, subgroup, st;  grid: (2, n_rows, 1)
 # import "lib/reduce.wgsl" as lib
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
@@ -16,10 +15,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   if (wid.y >= step[{{ st.N_ROWS }}]) {
     return;
   }
-  let is_q = wid.x < {{ n_q }}u;
+  let is_q = wid.x == 0u;
   let length = select({{ len_k }}u, {{ len_q }}u, is_q);
-  let start = select({{ n_q * len_q }}u + (wid.x - {{ n_q }}u) * {{ len_k }}u, wid.x * {{ len_q }}u, is_q);
-  let base = wid.y * {{ stride }}u + start;
+  let base = wid.y * {{ stride }}u + select({{ len_q }}u, 0u, is_q);
   var squares = 0.0;
   for (var i = lid; i < length; i += {{ wg }}u) {
     let v = qkv[base + i];

@@ -27,7 +27,7 @@ From the first three a shift and a mask of a word take four weights, one in each
 | | h | chunk, 1 word | lanes: the fifth bit |
 | Q8_0 | q | chunk, 2 vec4 | 32 int8 |
 | | s | chunk, 1 word | f16 d low |
-| Q4_K | h | 256-block, 1 vec4 | f16 d, f16 dmin; by nibbles of the 8 chunks: low bits of the scales; of the minima; |
+| Q4_K | h | 256-block, 1 vec4 | f16 d, f16 dmin; by nibbles of the 8 chunks: low bits of scales; of minima; |
 | | | | high two bits of the scale and of the minimum |
 | | q | chunk, 1 vec4 | nibbles |
 | Q5_K | h, q | | as Q4_K |
@@ -53,16 +53,17 @@ From the first three a shift and a mask of a word take four weights, one in each
 | | s | 128-block, 1 word | f16 d |
 | Q2_0 | q | chunk, 1 vec2 | crumbs: weight / d + 1 |
 | | s | 64-block, 1 word | f16 d |
-| IQ2_XXS | q | chunk, 1 vec2 | x: 4 row indices; y: 4 times 7 signs (the eighth makes them even), scale |
-| | s | 256-block, 1 word | f16 d |
-| IQ2_XS | q | chunk, 1 vec2 | 4 halves: row index of 9 bits, 7 signs |
-| | s | 256-block, 3 words | f16 d; a byte per chunk: scale of weights 0-15 low, of weights 16-31 high |
-| IQ2_S | q | chunk, 1 vec2 | x: low 8 bits of 4 row indices; y: 32 signs |
+| IQ2_XXS | q | chunk, 1 vec2 | x: 4 row indices; y: lanes of signs |
+| | s | 256-block, 2 words | f16 d; a nibble per chunk: scale |
+| IQ2_XS | q | chunk, 1 vec2 | x: low 8 bits of 4 row indices; y: lanes of signs |
+| | s | 256-block, 4 words | f16 d; a nibble per chunk: ninth bits of the indices; a byte per chunk: scale of |
+| | | | weights 0-15 low, of weights 16-31 high |
+| IQ2_S | q | chunk, 1 vec2 | as IQ2_XS |
 | | s | 256-block, 5 words | f16 d; a half per chunk: high 2 bits of the indices, then scales as IQ2_XS |
 | IQ3_XXS | q | chunk, 1 vec2 | 8 row indices of 8 bits, 4 weights each |
-| | s | 256-block, 9 words | f16 d; a word per chunk: signs and scale as IQ2_XXS |
+| | s | 256-block, 10 words | f16 d; a nibble per chunk: scale; a word per chunk: lanes of signs |
 | IQ3_S | q | chunk, 1 vec2 | low 8 bits of 8 row indices |
-| | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs |
+| | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs as before |
 | IQ1_S | q | chunk, 1 word | low 8 bits of 4 row indices |
 | | s | 256-block, 5 words | f16 d; a half per chunk: 4 times 3 high bits, scale (3 bits), sign of delta |
 | IQ1_M | q | chunk, 1 word | low 8 bits of 4 row indices |
@@ -185,10 +186,10 @@ FORMATS: dict[str, QuantFormat] = {
         QuantFormat("NVFP4", 40, 64, 36, (_vec4("q", 32), _words("s", 8))),
         QuantFormat("Q1_0", 41, 128, 18, (_words("q", 16), _words("s", 4))),
         QuantFormat("Q2_0", 42, 64, 18, (_vec2("q", 16), _words("s", 4))),
-        QuantFormat("IQ2_XXS", 16, 256, 66, (_vec2("q", 64), _words("s", 4)), "iq2xxs"),
-        QuantFormat("IQ2_XS", 17, 256, 74, (_vec2("q", 64), _words("s", 12)), "iq2xs"),
+        QuantFormat("IQ2_XXS", 16, 256, 66, (_vec2("q", 64), _words("s", 8)), "iq2xxs"),
+        QuantFormat("IQ2_XS", 17, 256, 74, (_vec2("q", 64), _words("s", 16)), "iq2xs"),
         QuantFormat("IQ2_S", 22, 256, 82, (_vec2("q", 64), _words("s", 20)), "iq2s"),
-        QuantFormat("IQ3_XXS", 18, 256, 98, (_vec2("q", 64), _words("s", 36)), "iq3xxs"),
+        QuantFormat("IQ3_XXS", 18, 256, 98, (_vec2("q", 64), _words("s", 40)), "iq3xxs"),
         QuantFormat("IQ3_S", 21, 256, 110, (_vec2("q", 64), _words("s", 48)), "iq3s"),
         QuantFormat("IQ1_S", 19, 256, 50, (_words("q", 32), _words("s", 20)), "iq1"),
         QuantFormat("IQ1_M", 29, 256, 56, (_words("q", 32), _words("s", 24)), "iq1"),

@@ -68,7 +68,9 @@ def pack_crumbs(codes: np.ndarray) -> np.ndarray:
 def lanes(packed: np.ndarray) -> np.ndarray:
     """Words to bits, uint8 `(n_chunks, 32)`: weight 4i + b at bit i of byte b."""
     shift = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    return (packed.view(np.uint8).reshape(-1, 1, 4) >> shift & np.uint8(1)).reshape(-1, 32)
+    return (np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 1, 4) >> shift & np.uint8(1)).reshape(
+        -1, 32
+    )
 
 
 def pack_lanes(bits: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from realm_web.dequant.bits import Codec, Parts, as_bytes, half, padded_half
+from realm_web.dequant.bits import Codec, Parts, as_bytes, half, lanes, pack_lanes, padded_half
 from realm_web.grids import GRIDS, rows
 
 DELTA = np.float32(0.125)  # by which IQ1 weights are off the grid
@@ -16,16 +16,20 @@ def _table(name: str) -> np.ndarray:
     return np.frombuffer(rows(name), np.int8).reshape(-1, GRIDS[name].length).astype(np.float32)
 
 
-def _signs(packed: np.ndarray) -> np.ndarray:
-    """Sign bytes `(n_chunks, 4)` to 1 or -1, `(n_chunks, 4, 8)`."""
-    bits = np.unpackbits(np.ascontiguousarray(packed)[..., None], axis=2, bitorder="little")
-    return np.float32(1) - np.float32(2) * bits.astype(np.float32)
+def _sign_lanes(packed: np.ndarray) -> np.ndarray:
+    """Sign bytes `(n_chunks, 4)`, a bit for each weight, to bytes of lanes `(n_chunks, 4)`."""
+    return pack_lanes(np.unpackbits(np.ascontiguousarray(packed), axis=1, bitorder="little"))
 
 
-def _even_signs(seven: np.ndarray) -> np.ndarray:
-    """Seven sign bits each, `(n_chunks, 4)`; the eighth makes the number of negative weights even."""
+def _signs(words: np.ndarray) -> np.ndarray:
+    """Words of lanes `(n_chunks,)` to 1 or -1, `(n_chunks, 4, 8)`."""
+    return np.float32(1) - np.float32(2) * lanes(words).astype(np.float32).reshape(-1, 4, 8)
+
+
+def _even(seven: np.ndarray) -> np.ndarray:
+    """Seven sign bits each, `(n_chunks, 4)`, to eight: an even number is negative."""
     odd = np.unpackbits(seven.astype(np.uint8)[..., None], axis=2).sum(axis=2, dtype=np.uint8) & np.uint8(1)
-    return _signs(seven.astype(np.uint8) | (odd << np.uint8(7)))
+    return seven.astype(np.uint8) | (odd << np.uint8(7))
 
 
 def _nibble_pairs(packed: np.ndarray) -> np.ndarray:
@@ -33,10 +37,20 @@ def _nibble_pairs(packed: np.ndarray) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32)
 
 
-def _of_sevens(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Words of four times seven signs and a scale: signs `(n_chunks, 4, 8)`, scales `(n_chunks, 1, 1)`."""
+def _of_sevens(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes `(n_blocks, 32)`, 8 words of four times seven signs and a scale.
+
+    Gives lanes of signs `(n_blocks, 32)` and nibbles of scales `(n_blocks, 4)`.
+    """
+    words = np.ascontiguousarray(packed).view(np.uint32)  # (n_blocks, 8)
     sevens = words.reshape(-1, 1) >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)
-    return _even_signs(sevens), (words >> np.uint32(28)).astype(np.float32).reshape(-1, 1, 1)
+    scales = (words >> np.uint32(28)).astype(np.uint8)
+    return _sign_lanes(_even(sevens)).reshape(-1, 32), scales[:, ::2] | scales[:, 1::2] << 4
+
+
+def _nibble_scale(packed: np.ndarray) -> np.ndarray:
+    """Bytes `(n_blocks, 4)` to the scales of 8 chunks: float32 `(n_chunks, 1, 1)`."""
+    return _nibble_pairs(packed).reshape(-1, 1, 1)
 
 
 def _block_scale(s: np.ndarray) -> np.ndarray:
@@ -54,28 +68,41 @@ def _iq2_scale(d: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _iq2_xxs_repack(blocks: np.ndarray) -> Parts:
-    return {"q": blocks[:, 2:], "s": padded_half(blocks[:, :2])}
+    n = len(blocks)
+    both = blocks[:, 2:].reshape(n, 8, 2, 4)
+    signs, scales = _of_sevens(both[:, :, 1].reshape(n, 32))
+    return {
+        "q": np.stack([both[:, :, 0], signs.reshape(n, 8, 4)], axis=2),
+        "s": np.concatenate([padded_half(blocks[:, :2]), scales], axis=1),
+    }
 
 
 def _iq2_xxs_unpack(parts: Parts) -> np.ndarray:
-    index = as_bytes(parts["q"], 8)[:, :4]
-    signs, scales = _of_sevens(parts["q"].reshape(-1, 2)[:, 1])
-    d = _block_scale(as_bytes(parts["s"], 4))[..., None]
-    return d * (np.float32(0.5) + scales) * np.float32(0.25) * _table("iq2xxs")[index] * signs
+    index, s = as_bytes(parts["q"], 8)[:, :4], as_bytes(parts["s"], 8)
+    signs = _signs(parts["q"].reshape(-1, 2)[:, 1])
+    scale = _block_scale(s)[..., None] * (np.float32(0.5) + _nibble_scale(s[:, 4:])) * np.float32(0.25)
+    return scale * _table("iq2xxs")[index] * signs
 
 
 # -- IQ2_XS: d, then per 8 weights an index of 9 bits and 7 signs (64 bytes), scales (8) ------------
 
 
 def _iq2_xs_repack(blocks: np.ndarray) -> Parts:
-    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 66:]], axis=1)
-    return {"q": blocks[:, 2:66], "s": scales}
+    n = len(blocks)
+    both = np.ascontiguousarray(blocks[:, 2:66]).view(np.uint16).reshape(-1, 4)
+    ninth = np.packbits((both >> 8 & 1).astype(np.uint8).reshape(n, 32), axis=1, bitorder="little")
+    return {
+        "q": np.concatenate([both.astype(np.uint8), _sign_lanes(_even(both >> 9))], axis=1),
+        "s": np.concatenate([padded_half(blocks[:, :2]), ninth, blocks[:, 66:]], axis=1),
+    }
 
 
 def _iq2_xs_unpack(parts: Parts) -> np.ndarray:
-    q, s = parts["q"].view(np.uint16).reshape(-1, 4), as_bytes(parts["s"], 12)
-    scale = _iq2_scale(_block_scale(s), s[:, 4:])
-    return scale * _table("iq2xs")[q & np.uint16(511)] * _even_signs(q >> np.uint16(9))
+    q, s = as_bytes(parts["q"], 8), as_bytes(parts["s"], 16)
+    ninth = np.unpackbits(np.ascontiguousarray(s[:, 4:8]), axis=1, bitorder="little").reshape(-1, 4)
+    index = q[:, :4] | ninth.astype(np.uint16) << np.uint16(8)
+    scale = _iq2_scale(_block_scale(s), s[:, 8:])
+    return scale * _table("iq2xs")[index] * _signs(parts["q"].reshape(-1, 2)[:, 1])
 
 
 # -- IQ2_S: d, low bytes of indices (32), signs (32), high pairs of indices (8), scales (8) ---------
@@ -86,7 +113,7 @@ def _iq2_s_repack(blocks: np.ndarray) -> Parts:
     index, signs = (blocks[:, at : at + 32].reshape(n, 8, 4) for at in (2, 34))
     of_chunks = np.stack([blocks[:, 66:74], blocks[:, 74:]], axis=2).reshape(n, 16)
     return {
-        "q": np.concatenate([index, signs], axis=2),
+        "q": np.concatenate([index, _sign_lanes(signs.reshape(-1, 4)).reshape(n, 8, 4)], axis=2),
         "s": np.concatenate([padded_half(blocks[:, :2]), of_chunks], axis=1),
     }
 
@@ -96,30 +123,37 @@ def _iq2_s_unpack(parts: Parts) -> np.ndarray:
     of_chunks = s[:, 4:].reshape(-1, 2)
     high = of_chunks[:, :1] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
     index = q[:, :4] | high.astype(np.uint16) << np.uint16(8)
-    return _iq2_scale(_block_scale(s), of_chunks[:, 1]) * _table("iq2s")[index] * _signs(q[:, 4:])
+    return (
+        _iq2_scale(_block_scale(s), of_chunks[:, 1])
+        * _table("iq2s")[index]
+        * _signs(parts["q"].reshape(-1, 2)[:, 1])
+    )
 
 
 # -- IQ3_XXS: d, indices (64 bytes), per chunk a word of signs and scale ----------------------------
 
 
 def _iq3_xxs_repack(blocks: np.ndarray) -> Parts:
-    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 66:]], axis=1)
-    return {"q": blocks[:, 2:66], "s": scales}
+    signs, scales = _of_sevens(blocks[:, 66:])
+    return {
+        "q": blocks[:, 2:66],
+        "s": np.concatenate([padded_half(blocks[:, :2]), scales, signs], axis=1),
+    }
 
 
 def _iq3_xxs_unpack(parts: Parts) -> np.ndarray:
-    index, s = as_bytes(parts["q"], 8), parts["s"].reshape(-1, 9)
-    signs, scales = _of_sevens(s[:, 1:].reshape(-1))
-    d = _block_scale(as_bytes(parts["s"], 36))[..., None]
+    index, s = as_bytes(parts["q"], 8), as_bytes(parts["s"], 40)
+    scale = _block_scale(s)[..., None] * (np.float32(0.5) + _nibble_scale(s[:, 4:8])) * np.float32(0.5)
     weights = _table("iq3xxs")[index].reshape(-1, 4, 8)
-    return d * (np.float32(0.5) + scales) * np.float32(0.5) * weights * signs
+    return scale * weights * _signs(parts["s"].reshape(-1, 10)[:, 2:].reshape(-1))
 
 
 # -- IQ3_S: d, low bytes of indices (64), their high bits (8), signs (32), scales (4) ---------------
 
 
 def _iq3_s_repack(blocks: np.ndarray) -> Parts:
-    order = (padded_half(blocks[:, :2]), blocks[:, 106:], blocks[:, 66:74], blocks[:, 74:106])
+    signs = _sign_lanes(blocks[:, 74:106].reshape(-1, 4)).reshape(-1, 32)
+    order = (padded_half(blocks[:, :2]), blocks[:, 106:], blocks[:, 66:74], signs)
     return {"q": blocks[:, 2:66], "s": np.concatenate(order, axis=1)}
 
 
@@ -129,7 +163,9 @@ def _iq3_s_unpack(parts: Parts) -> np.ndarray:
     index = as_bytes(parts["q"], 8) | high.astype(np.uint16) << np.uint16(8)
     scale = half(s[:, :2]) * (1 + 2 * _nibble_pairs(s[:, 4:8]).reshape(-1, 8))
     return (
-        scale.reshape(-1, 1, 1) * _table("iq3s")[index].reshape(-1, 4, 8) * _signs(s[:, 16:].reshape(-1, 4))
+        scale.reshape(-1, 1, 1)
+        * _table("iq3s")[index].reshape(-1, 4, 8)
+        * _signs(parts["s"].reshape(-1, 12)[:, 4:].reshape(-1))
     )
 
 

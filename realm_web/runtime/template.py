@@ -5,8 +5,8 @@ A kernel is `shaders/<name>.wgsl`. Inside a template
   the order of these calls is the order of the tensors given to `Program.add`;
 - `{{ weight("w", "Q4_K") }}` includes the snippet `shaders/quant/q4_k.wgsl`, which declares the bindings of
   one packed weight, and a function `w_decode(chunk) -> array<vec4<f32>, 8>`;
-- `{{ weight_ints("w", "Q4_K") }}` does so for products with activations of 8 bits (`lib/ints.wgsl`). If it gets
-  the number of threads too, and `has_table("IQ4_NL")`, they call `w_prepare(lid)` and pass a barrier first;
+- `{{ weight_ints("w", "Q4_K") }}` does so for products with activations of 8 bits (`lib/ints.wgsl`). If it
+  gets the number of threads too, and `has_table("IQ4_NL")`, they call `w_prepare(lid)` first, then a barrier;
 - `codebook_words("iq4")` are the four words of a codebook of `grids.py`;
 - lines that begin with `#` are jinja2 statements.
 

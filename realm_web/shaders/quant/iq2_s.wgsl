@@ -1,5 +1,6 @@
-{# IQ2_S: q per chunk: x: low 8 bits of 4 row indices; y: 32 signs; s, 5 words per 256-block: f16 d, then a half per
+{# IQ2_S: q per chunk: x: low 8 bits of 4 row indices; y: lanes of signs; s, 5 words per 256-block: f16 d, then a half per
    chunk: 4 times 2 high bits of the indices, scales as IQ2_XS; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
+# import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, true, none
 # set table = true
@@ -26,9 +27,8 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(h >> 8u, h >> 12u) & vec2<u32>(15u))) * 0.25;
   # for g in range(4)
   let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[((raw.q.x >> {{ 8 * g }}u) & 255u) | (((h >> {{ 2 * g }}u) & 3u) << 8u)];
-  let s{{ g }} = raw.q.y >> {{ 8 * g }}u;
   # endfor
-  return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, d, vec2<f32>());
+  return Ints({{ grid.rows_of_8(w, 0, "raw.q.y") }}, {{ grid.rows_of_8(w, 2, "raw.q.y") }}, d, vec2<f32>());
 }
 # endmacro
 
@@ -36,11 +36,12 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "vec2<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+{{ bits.lanes() }}
 fn repack(c: u32, dst: u32) {
   // ggml: f16 d, 32 bytes of low indices, 32 bytes of signs, 8 bytes of high pairs, 8 bytes of scales
   let at = (c >> 3u) * 82u;
   let j = c & 7u;
-  q[dst] = vec2<u32>(word(at + 2u + 4u * j), word(at + 34u + 4u * j));
+  q[dst] = vec2<u32>(word(at + 2u + 4u * j), lanes(word(at + 34u + 4u * j)));
   if (j == 0u) {
     let to = (dst >> 3u) * 5u;
     s[to] = half_at(at);

@@ -1,5 +1,6 @@
-{# IQ2_XXS: q per chunk: x: 4 row indices of 8 bits; y: 4 times 7 signs, 4 bits scale; s the f16 d of a 256-block; t the
-   grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
+{# IQ2_XXS: q per chunk: x: 4 row indices of 8 bits; y: lanes of signs; s, 2 words per 256-block: f16 d; a nibble per chunk:
+   scale; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
+# import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
 # set table = true
@@ -10,24 +11,23 @@
 
 {{ grid.table(w, "vec2<u32>", 256, wg) }}
 {{ grid.signed(w) }}
-{{ grid.even(w) }}
 
 struct {{ w }}_Raw {
   q: vec2<u32>,
+  d: u32,
   s: u32,
 }
 
 fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c >> 3u]);
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 2u], {{ w }}_s[(c >> 3u) * 2u + 1u]);
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let d = unpack2x16float(raw.s).x * (0.5 + f32(raw.q.y >> 28u)) * 0.25;
+  let d = unpack2x16float(raw.d).x * (0.5 + f32((raw.s >> (4u * (c & 7u))) & 15u)) * 0.25;
   # for g in range(4)
   let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[(raw.q.x >> {{ 8 * g }}u) & 255u];
-  let s{{ g }} = {{ w }}_even((raw.q.y >> {{ 7 * g }}u) & 127u);
   # endfor
-  return Ints({{ grid.rows_of_8(w, 0) }}, {{ grid.rows_of_8(w, 2) }}, vec2<f32>(d), vec2<f32>());
+  return Ints({{ grid.rows_of_8(w, 0, "raw.q.y") }}, {{ grid.rows_of_8(w, 2, "raw.q.y") }}, vec2<f32>(d), vec2<f32>());
 }
 # endmacro
 
@@ -35,12 +35,27 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "vec2<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+{{ bits.lanes() }}
+{{ grid.even() }}
+
 fn repack(c: u32, dst: u32) {
+  // ggml: f16 d, then for each chunk a word of 4 indices, and one of 4 times 7 signs and 4 bits of scale
   let at = (c >> 3u) * 66u;
   let from_ = at + 2u + 8u * (c & 7u);
-  q[dst] = vec2<u32>(word(from_), word(from_ + 4u));
+  let sevens = word(from_ + 4u);
+  var signs = 0u;
+  for (var g = 0u; g < 4u; g++) {
+    signs |= even((sevens >> (7u * g)) & 127u) << (8u * g);
+  }
+  q[dst] = vec2<u32>(word(from_), lanes(signs));
   if ((c & 7u) == 0u) {
-    s[dst >> 3u] = half_at(at);
+    let to = (dst >> 3u) * 2u;
+    var scales = 0u;
+    for (var i = 0u; i < 8u; i++) {
+      scales |= (word(at + 6u + 8u * i) >> 28u) << (4u * i);
+    }
+    s[to] = half_at(at);
+    s[to + 1u] = scales;
   }
 }
 # endmacro

@@ -1,5 +1,6 @@
 {# IQ3_S: q per chunk: low 8 bits of 8 row indices; s, 12 words per 256-block: f16 d; a nibble per chunk: scale; a byte
-   per chunk: high bits of the indices; a word per chunk: signs; t the grid. weight = d * (2 * scale + 1) * row, signed. #}
+   per chunk: high bits of the indices; a word per chunk: lanes of signs; t the grid. weight = d * (2 * scale + 1) * row, signed. #}
+# import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
 # set table = true
@@ -31,10 +32,7 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   # for g in range(8)
   let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
   # endfor
-  # for g in range(4)
-  let s{{ g }} = raw.signs >> {{ 8 * g }}u;
-  # endfor
-  return Ints({{ grid.rows_of_4(w, 0) }}, {{ grid.rows_of_4(w, 4) }}, vec2<f32>(d), vec2<f32>());
+  return Ints({{ grid.rows_of_4(w, 0, "raw.signs") }}, {{ grid.rows_of_4(w, 4, "raw.signs") }}, vec2<f32>(d), vec2<f32>());
 }
 # endmacro
 
@@ -42,13 +40,14 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "vec2<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+{{ bits.lanes() }}
 fn repack(c: u32, dst: u32) {
   // ggml: f16 d, 64 low indices, 8 bytes of their high bits, 32 bytes of signs, 4 bytes of scales
   let at = (c >> 3u) * 110u;
   let j = c & 7u;
   let to = (dst >> 3u) * 12u;
   q[dst] = vec2<u32>(word(at + 2u + 8u * j), word(at + 6u + 8u * j));
-  s[to + 4u + j] = word(at + 74u + 4u * j);
+  s[to + 4u + j] = lanes(word(at + 74u + 4u * j));
   if (j == 0u) {
     s[to] = half_at(at);
     s[to + 1u] = word(at + 106u);

@@ -14,29 +14,29 @@ fn {{ w }}_prepare(lid: u32) {
 # endif
 # endmacro
 
-{# Four magnitudes, not 0, with the signs of bits 0 to 3 of s (1: negative): complement and add one, byte by byte. #}
+{# Four magnitudes, not 0, with signs (1: negative) at the lowest bits of s' bytes: complement and add one, byte by byte. #}
 # macro signed(w)
 fn {{ w }}_signed(v: u32, s: u32) -> u32 {
-  let negative = ((s & 15u) * 0x00204081u) & 0x01010101u;
+  let negative = s & 0x01010101u;
   return (v ^ (negative * 255u)) + negative;
 }
 # endmacro
 
-{# Eight signs from seven: an even number is negative. #}
-# macro even(w)
-fn {{ w }}_even(seven: u32) -> u32 {
+{# Rows of 8 from t<first> on, with lanes of signs. #}
+# macro rows_of_8(w, first, signs)
+vec4<u32>({% for g in (first, first + 1) %}{% for i in (0, 1) %}{{ w }}_signed(t{{ g }}.{{ "xy"[i] }}, {{ signs }} >> {{ 2 * g + i }}u){{ ", " if not (loop.last and g > first) }}{% endfor %}{% endfor %})
+# endmacro
+
+{# Rows of 4 from t<first> on. #}
+# macro rows_of_4(w, first, signs)
+vec4<u32>({% for g in range(first, first + 4) %}{{ w }}_signed(t{{ g }}, {{ signs }} >> {{ g }}u){{ ", " if not loop.last }}{% endfor %})
+# endmacro
+
+{# For repack: 8 signs from seven: an even number is negative. #}
+# macro even()
+fn even(seven: u32) -> u32 {
   return seven | ((countOneBits(seven) & 1u) << 7u);
 }
-# endmacro
-
-{# Rows of 8 from t<first> on, with the sign bytes s<first> on. #}
-# macro rows_of_8(w, first)
-vec4<u32>({% for g in (first, first + 1) %}{% for i in (0, 1) %}{{ w }}_signed(t{{ g }}.{{ "xy"[i] }}, s{{ g }} >> {{ 4 * i }}u){{ ", " if not (loop.last and g > first) }}{% endfor %}{% endfor %})
-# endmacro
-
-{# Rows of 4 from t<first> on, with the sign bytes s<first / 2> on. #}
-# macro rows_of_4(w, first)
-vec4<u32>({% for g in range(first, first + 4) %}{{ w }}_signed(t{{ g }}, s{{ g // 2 }} >> {{ 4 * (g % 2) }}u){{ ", " if not loop.last }}{% endfor %})
 # endmacro
 
 {# Rows of -1, 0, 1 and a delta of 1/8, up or down: a byte is 8 * value + 9 + 8 * delta, from 0 to 18. {w}_codes(i) is row i as

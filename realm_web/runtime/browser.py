@@ -70,6 +70,37 @@ HELPERS = """
     });
   };
 
+  // Chromium takes 8 MiB at 1.0 GB/s by writeBuffer and at 3.0 GB/s through memory that both processes see.
+  const UPLOAD_BYTES = 1 << 20, MOST_UPLOADS = 8, UPLOAD_USAGE = GPUBufferUsage.MAP_WRITE | COPY_SRC;
+  const uploads = { size: 0, made: [], free: [] };
+  const dropUploads = () => {
+    uploads.made.forEach((stage) => stage.destroy());
+    Object.assign(uploads, { size: 0, made: [], free: [] });
+  };
+  const upload = (buffer, offset, bytes) => {
+    const nbytes = Math.ceil(bytes.length / 4) * 4;
+    if (uploads.size < nbytes) {
+      dropUploads();
+      uploads.size = nbytes;
+    }
+    const { size, made, free } = uploads;
+    if (!free.length && made.length === MOST_UPLOADS) return false;
+    let stage = free.pop();
+    if (!stage) {
+      stage = device.createBuffer({ size, usage: UPLOAD_USAGE, mappedAtCreation: true });
+      made.push(stage);
+    }
+    const memory = new Uint8Array(stage.getMappedRange(0, nbytes));
+    memory.set(bytes);
+    memory.fill(0, bytes.length);
+    stage.unmap();
+    const encoder = device.createCommandEncoder();
+    encoder.copyBufferToBuffer(stage, 0, buffer, offset, nbytes);
+    device.queue.submit([encoder.finish()]);
+    stage.mapAsync(GPUMapMode.WRITE).then(() => free.push(stage), () => {});  // unless it was dropped
+    return true;
+  };
+
   return {
     errors,
     alloc(size, label) {
@@ -80,6 +111,7 @@ HELPERS = """
     },
     write(buffer, offset, data) {
       const bytes = data instanceof Uint8Array ? data : new Uint8Array(data);
+      if (bytes.length >= UPLOAD_BYTES && upload(buffer, offset, bytes)) return;
       if (bytes.length % 4 === 0) return device.queue.writeBuffer(buffer, offset, bytes);
       const padded = new Uint8Array(bytes.length + 4 - (bytes.length % 4));
       padded.set(bytes);
@@ -136,7 +168,7 @@ HELPERS = """
         else device.queue.submit([encoder.finish()]);
       };
     },
-    done: () => device.queue.onSubmittedWorkDone(),
+    done: () => device.queue.onSubmittedWorkDone().then(dropUploads),
   };
 }
 """

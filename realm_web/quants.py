@@ -56,14 +56,14 @@ From the first three a shift and a mask of a word take four weights, one in each
 | IQ2_XXS | q | chunk, 1 vec2 | x: 4 row indices; y: lanes of signs |
 | | s | 256-block, 2 words | f16 d; a nibble per chunk: scale |
 | IQ2_XS | q | chunk, 1 vec2 | x: low 8 bits of 4 row indices; y: lanes of signs |
-| | s | 256-block, 4 words | f16 d; a nibble per chunk: ninth bits of the indices; a byte per chunk: scale of |
-| | | | weights 0-15 low, of weights 16-31 high |
+| | s | 256-block, 4 words | f16 d; a nibble per chunk: ninth bits of the indices; a byte per chunk: scale |
+| | | | of weights 0-15 low, of weights 16-31 high |
 | IQ2_S | q | chunk, 1 vec2 | as IQ2_XS |
 | | s | 256-block, 5 words | f16 d; a half per chunk: high 2 bits of the indices, then scales as IQ2_XS |
 | IQ3_XXS | q | chunk, 1 vec2 | 8 row indices of 8 bits, 4 weights each |
 | | s | 256-block, 10 words | f16 d; a nibble per chunk: scale; a word per chunk: lanes of signs |
 | IQ3_S | q | chunk, 1 vec2 | low 8 bits of 8 row indices |
-| | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs as before |
+| | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs |
 | IQ1_S | q | chunk, 1 word | low 8 bits of 4 row indices |
 | | s | 256-block, 5 words | f16 d; a half per chunk: 4 times 3 high bits, scale (3 bits), sign of delta |
 | IQ1_M | q | chunk, 1 word | low 8 bits of 4 row indices |

@@ -88,6 +88,13 @@ class Recording:
 
     def encode(self, staging: Staging | None, api: Any) -> Encoded:
         """One command buffer. Called by any thread once the first run was checked."""
+        encoder = self.record(staging, api)
+        commands = api.wgpuCommandEncoderFinish(encoder, ffi.NULL)
+        api.wgpuCommandEncoderRelease(encoder)
+        return Encoded(commands, staging)
+
+    def record(self, staging: Staging | None, api: Any) -> Any:
+        """An encoder that has heard of every step: three short calls each, where `finish` is one long call."""
         encoder = api.wgpuDeviceCreateCommandEncoder(self._backend.raw_device, ffi.NULL)
         set_pipeline = api.wgpuComputePassEncoderSetPipeline
         set_bindings = api.wgpuComputePassEncoderSetBindGroup
@@ -107,9 +114,7 @@ class Recording:
         if staging is not None:
             source, offset, nbytes = self._readback
             api.wgpuCommandEncoderCopyBufferToBuffer(encoder, source, offset, staging.raw, 0, nbytes)
-        commands = api.wgpuCommandEncoderFinish(encoder, null)
-        api.wgpuCommandEncoderRelease(encoder)
-        return Encoded(commands, staging)
+        return encoder
 
 
 class Encoded:

@@ -11,8 +11,8 @@ from probe import last_logits
 from realm_web.engine import Engine
 from realm_web.sampler import SamplingParams
 
-# llama.cpp's own rounding of activations moves log-probabilities of SmolLM2 by 0.1 (see test_golden.py); ours,
-# measured on these prompts, by 0.10 to 0.17 over the whole vocabulary.
+# llama.cpp's own rounding of activations moves log-probabilities of SmolLM2 by 0.1 (see test_golden.py);
+# ours, measured on these prompts, by 0.10 to 0.17 over the whole vocabulary.
 SPREAD = 0.2
 
 

@@ -17,7 +17,6 @@
 # set across = bn // tn
 # set down = bm // tm
 # set wg = across * down
-# set share = k // 32 // splits
 # set n_w = (bn * chunks + wg - 1) // wg
 # set x_items = chunks if ints else 8 * chunks
 # set n_x = (bm * x_items + wg - 1) // wg
@@ -92,7 +91,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   var sum{{ i }}_{{ j }} = 0.0;
   # endfor
   # endfor
-  let begin = wid.z * {{ share }}u;
+  // the number of turns is not said before the kernel runs: drivers that know it unroll the loop until it fits no cache
+  let share = {{ k // 32 }}u / n_wg.z;
+  let begin = wid.z * share;
+  let last = begin + share - {{ chunks }}u;
   # macro fetch(c, word)
   # if ahead
   # for i in range(n_w)
@@ -141,9 +143,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     xs[row * {{ stride }}u + cc * 2u + 1u] = x{{ i }}.b;
     xd[cc * {{ stages * bm }}u + row] = x{{ i }}.d;
     # if own.minimum == "halves"
-    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.d * vec2<f32>(x{{ i }}.sums);
+    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.sums;
     # elif low
-    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.d * f32(x{{ i }}.sums.x + x{{ i }}.sums.y);
+    xm[cc * {{ stages * bm }}u + row] = x{{ i }}.total;
     # endif
     # else
     xs[place(row, cc)] = x{{ i }};
@@ -154,16 +156,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
 {{ fetch("begin", "var") }}
   # if stages == 2
 {{ put("begin", "0u") }}
-  let second = begin + {{ [chunks, share - chunks] | min }}u;
+  let second = min(begin + {{ chunks }}u, last);
 {{ fetch("second", "") }}
   # endif
-  for (var c = begin; c < begin + {{ share }}u; c += {{ chunks }}u) {
+  for (var c = begin; c <= last; c += {{ chunks }}u) {
     // the next chunks are on their way while these are worked on; after the last come the last again
-    let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
+    let next = min(c + {{ chunks }}u, last);
     # if stages == 2
     workgroupBarrier();
     let half = ((c - begin) / {{ chunks }}u) & 1u;
-    let after = min(c + {{ 2 * chunks }}u, begin + {{ share - chunks }}u);
+    let after = min(c + {{ 2 * chunks }}u, last);
 {{ put("next", "(1u - half)") }}
 {{ fetch("after", "") }}
     # else

@@ -18,7 +18,6 @@
 # set w_stride = 32 * chunks + 8
 # set x_stride = bm + 8
 # set parts = 2 if act else 1
-# set share = k // 32 // splits
 # set n_w = (bn * chunks + wg - 1) // wg
 # set n_x = (bm * chunks * 4 + wg - 1) // wg
 {{ unit.enable() }}
@@ -64,7 +63,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   var sum{{ j }}_{{ i }} = subgroup_matrix_result<f32, 16, 16>();
   # endfor
   # endfor
-  let begin = wid.z * {{ share }}u;
+  // the number of turns is not said before the kernel runs: drivers that know it unroll the loop until it fits no cache
+  let share = {{ k // 32 }}u / n_wg.z;
+  let begin = wid.z * share;
+  let last = begin + share - {{ chunks }}u;
   # for i in range(n_w)
   var code{{ i }} = w_code(w{{ i }} + begin);
   # endfor
@@ -75,7 +77,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # for i in range(n_w)
   # set t = "(lid + %du)" % (i * wg)
   {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
-    let v = w_halves(code{{ i }}, w{{ i }} + {{ c }});
+    let v = w_as_f16(code{{ i }}, w{{ i }} + {{ c }});
     let at = {{ w_at }} + {{ t }} / {{ chunks }}u * {{ w_stride }}u + {{ t }} % {{ chunks }}u * 32u;
     # for e in range(8)
     # for f in range(4)
@@ -106,19 +108,19 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endmacro
   # if stages == 2
 {{ put("begin", "0u", "0u") }}
-  let second = begin + {{ [chunks, share - chunks] | min }}u;
+  let second = min(begin + {{ chunks }}u, last);
 {{ fetch("second") }}
   var turn = 0u;
   # endif
-  for (var c = begin; c < begin + {{ share }}u; c += {{ chunks }}u) {
+  for (var c = begin; c <= last; c += {{ chunks }}u) {
     // the next chunks are on their way while these are worked on; after the last come the last again
     # if stages == 2
     workgroupBarrier();
     let w_here = turn * {{ bn * w_stride }}u;
     let x_here = turn * {{ 32 * chunks * x_stride }}u;
     turn = 1u - turn;
-    let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
-    let after = min(c + {{ 2 * chunks }}u, begin + {{ share - chunks }}u);
+    let next = min(c + {{ chunks }}u, last);
+    let after = min(c + {{ 2 * chunks }}u, last);
 {{ put("next", "turn * %du" % (bn * w_stride), "turn * %du" % (32 * chunks * x_stride)) }}
 {{ fetch("after") }}
     # else
@@ -126,7 +128,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     workgroupBarrier();
     let w_here = 0u;
     let x_here = 0u;
-    let next = min(c + {{ chunks }}u, begin + {{ share - chunks }}u);
+    let next = min(c + {{ chunks }}u, last);
 {{ fetch("next") }}
     # endif
     # for kk in range(0, 32 * chunks, 16)

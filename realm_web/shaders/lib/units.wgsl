@@ -19,7 +19,7 @@ subgroupMatrixStore<col_major>(&{{ array }}, {{ at }}, {{ sum }}, {{ stride }}u)
 # endmacro
 
 {# A chunk of weights times 64 (scales stay clear of f16's smallest numbers, weights up to 1023 of its largest), as
-   {w}_Code, which {w}_code(c) fetches, and {w}_halves(code, c) turns into f16. Of every four weights the second and the
+   {w}_Code, which {w}_code(c) fetches, and {w}_as_f16(code, c) turns into f16. Of every four weights the second and the
    third change places, in half_rows too: a mask and a xor turn two bytes of a word into 1152 + byte in f16. #}
 # macro halves(w, own)
 # if own.ints is defined
@@ -29,7 +29,7 @@ fn {{ w }}_code(c: u32) -> {{ w }}_Code {
   return {{ w }}_fetch(c);
 }
 
-fn {{ w }}_halves(code: {{ w }}_Code, c: u32) -> array<vec4<f16>, 8> {
+fn {{ w }}_as_f16(code: {{ w }}_Code, c: u32) -> array<vec4<f16>, 8> {
   let v = {{ w }}_ints(code, c);
   let s = vec2<f16>(64.0 * v.s);
   # if own.minimum
@@ -52,7 +52,7 @@ fn {{ w }}_code(c: u32) -> {{ w }}_Code {
   return {{ w }}_decode(c);
 }
 
-fn {{ w }}_halves(code: {{ w }}_Code, c: u32) -> array<vec4<f16>, 8> {
+fn {{ w }}_as_f16(code: {{ w }}_Code, c: u32) -> array<vec4<f16>, 8> {
   return array<vec4<f16>, 8>({% for i in range(8) %}vec4<f16>(64.0 * code[{{ i }}].xzyw){{ ", " if not loop.last }}{% endfor %});
 }
 # endif

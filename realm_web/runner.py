@@ -8,6 +8,7 @@ Knows batches and the device; knows no text and no event loop beyond awaiting th
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -129,6 +130,11 @@ class Runner:
         self._adjusted_slots: set[int] = set()  # whose rows of logit bias and token counts are not zero
         self._programs: dict[Bucket, Program] = {}
         self._draws: dict[Bucket, Program] = {}  # the second programs of those `apart`
+        self._buckets: dict[tuple, Bucket] = {}
+        self._asking: list[Request] = []
+        self._asked: tuple[
+            bool, ...
+        ] = ()  # what those ask of a program: the fields of Bucket from `sample` on
         self._last: Batch | None = None  # what the step buffer holds, before the device advanced it
         self.n_writes = 0  # of the step buffer
 
@@ -216,10 +222,15 @@ class Runner:
         if not decode and n_rows > MATVEC_ROWS:  # the buckets that are compiled already
             n_rows = next(b for b in self._prefill_buckets if b >= n_rows)
             context = context if len(batch.seqs) > 1 else self.context
-        wanted = frozenset().union(*map(features, requests))
-        flags = {name: name in wanted for name in FEATURES}
-        sample = any(request.task == "generate" for request in requests)
-        return Bucket(n_rows, _bucket_for(len(batch.seqs)), context, decode, sample, **flags)
+        if requests != self._asking:  # the same ones decode for many steps
+            wanted = frozenset().union(*map(features, requests))
+            sample = any(request.task == "generate" for request in requests)
+            self._asking = list(requests)
+            self._asked = (sample, *(name in wanted for name in FEATURES))
+        key = n_rows, _bucket_for(len(batch.seqs)), context, decode, *self._asked
+        if key not in self._buckets:
+            self._buckets[key] = Bucket(*key)
+        return self._buckets[key]
 
     def _record(self, bucket: Bucket) -> None:
         """Record the whole pass for a bucket. New kernels are still to be compiled."""
@@ -389,7 +400,7 @@ class Runner:
 
 
 def _bucket_for(n: int) -> int:
-    return next(b for b in ROW_BUCKETS if b >= n)
+    return ROW_BUCKETS[bisect_left(ROW_BUCKETS, n)]
 
 
 def _sampling_words(p: SamplingParams) -> bytes:

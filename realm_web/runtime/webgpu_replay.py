@@ -94,7 +94,7 @@ class Recording:
         return Encoded(commands, staging)
 
     def record(self, staging: Staging | None, api: Any) -> Any:
-        """An encoder that has heard of every step: three short calls each, where `finish` is one long call."""
+        """An encoder that has heard of every step: three short calls each, where `finish` is one long one."""
         encoder = api.wgpuDeviceCreateCommandEncoder(self._backend.raw_device, ffi.NULL)
         set_pipeline = api.wgpuComputePassEncoderSetPipeline
         set_bindings = api.wgpuComputePassEncoderSetBindGroup

@@ -28,7 +28,10 @@ from realm_web.step import NONE, StepLayout, sampling_words, sequence_record
 from realm_web.tensor import PART_ALIGNMENT, Tensor
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-PREFILL_BUCKETS = (32, 128, 512)  # compiled when the model is opened, with the bucket of 1
+# Of rows of prompts; compiled when the model is opened, with the bucket of 1. On a software device fewer:
+# there compiling is what takes long.
+PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+FEW_PREFILL_BUCKETS = (32, 128, 512)
 FOREVER = 0xFFFFFFFF  # in place of a position
 POOLS = {"mean": StepLayout.MEAN, "last": StepLayout.LAST, "cls": StepLayout.CLS}
 
@@ -113,7 +116,8 @@ class Runner:
         self.context, self.n_blocks, self.prefix_cache = context, n_blocks, prefix_cache
         self.max_rows, self.max_seqs, self.kv_type, self.n_valid = max_rows, max_seqs, kv_type, n_valid
         self.exact = exact
-        self._prefill_buckets = [b for b in PREFILL_BUCKETS if b < max_rows] + [_bucket_for(max_rows)]
+        buckets = FEW_PREFILL_BUCKETS if device.info.is_cpu else PREFILL_BUCKETS
+        self._prefill_buckets = [b for b in buckets if b < max_rows] + [_bucket_for(max_rows)]
         seqs, rows = _bucket_for(max_seqs), _bucket_for(max_rows)
         self.layout = StepLayout(rows, max_seqs, -(-context // BLOCK_SIZE))
         self._contexts = contexts(device, context)
@@ -149,7 +153,8 @@ class Runner:
         self._record(Bucket(1, 1, self._contexts[0], decode=True, draw=True))
         for n_rows in self._prefill_buckets:
             if n_rows > 1:
-                self._record(Bucket(n_rows, 1, self.context, decode=False))
+                for context in {self._contexts[0], self.context}:
+                    self._record(Bucket(n_rows, 1, context, decode=False))
         await self.device.compile(on_progress)
 
     def has(self, bucket: Bucket) -> bool:
@@ -221,7 +226,8 @@ class Runner:
         context = next(n for n in self._contexts if longest <= n)
         if not decode and n_rows > MATVEC_ROWS:  # the buckets that are compiled already
             n_rows = next(b for b in self._prefill_buckets if b >= n_rows)
-            context = context if len(batch.seqs) > 1 else self.context
+            if len(batch.seqs) == 1 and context > self._contexts[0]:
+                context = self.context
         if requests != self._asking:  # the same ones decode for many steps
             wanted = frozenset().union(*map(features, requests))
             sample = any(request.task == "generate" for request in requests)

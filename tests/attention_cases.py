@@ -59,6 +59,8 @@ TILES = (
     (4, 2, 64, 8, [(150, 9), (3, 2)], {"window": 33, "ring": 6, "mr": 2, "softcap": 5.0}),
     (4, 2, 64, 8, [(50, 9), (3, 2)], {"kv": "f32", "mr": 2}),
     (4, 2, 96, 8, [(50, 9), (3, 2)], {"kv": "q8_0", "mr": 2, "keys": 8}),
+    (4, 2, 64, 16, [(100, 26), (30, 1)], {"splits": 3, "share": 32, "skip": True}),
+    (4, 2, 80, 8, [(200, 12)], {"splits": 2, "share": 16, "window": 100, "mr": 2}),
 )
 
 
@@ -191,19 +193,21 @@ def tile_cases(n_heads, n_kv, hd, qt, seqs, more, subgroup) -> Iterator[Case]:
     consts = {
         "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
         "window": 0, "softcap": 0.0, "ring": 0, "sinks": False, "kv": "f16", "skip": False,
-        "qt": qt, "nq": n_heads // n_kv, "tm": 8, "tn": 8, "mr": 4, "nr": 4, "keys": 16, "subgroup": subgroup,
-        "st": ST,
+        "qt": qt, "nq": n_heads // n_kv, "tm": 8, "tn": 8, "mr": 4, "nr": 4, "keys": 16, "splits": 1,
+        "share": SIZE, "subgroup": subgroup, "st": ST,
         **more,
     }  # fmt: skip
 
     def tensors(rng):
         step = step_words(seqs, rng=rng, qt=qt)
         extra = [normal(rng, n_heads)] * consts["sinks"]
-        q, out = normal(rng, n_rows, n_heads * hd) * 2, np.zeros((n_rows, n_heads * hd), np.float32)
-        return [step, q, *pages(rng, consts["kv"], n_kv, hd), *extra, out]
+        splits = consts["splits"]
+        out = (n_rows, n_heads, splits, hd + 4) if splits > 1 else (n_rows, n_heads * hd)
+        q = normal(rng, n_rows, n_heads * hd) * 2
+        return [step, q, *pages(rng, consts["kv"], n_kv, hd), *extra, np.zeros(out, np.float32)]
 
     name = named("attention_tiles", n_heads, n_kv, hd, {"qt": qt, **more}) + " subgroups" * bool(subgroup)
-    grid = (sum(-(-n // qt) for _, n in seqs) + 1, n_heads // consts["nq"])
+    grid = (sum(-(-n // qt) for _, n in seqs) + 1, n_heads // consts["nq"], consts["splits"])
     needs = ("subgroups",) if subgroup else ()
     outputs = (4 + consts["sinks"],)
     yield Case(name, "attention_tiles", consts, tensors, outputs, grid, FMA, needs, subgroup)
@@ -214,21 +218,23 @@ def merge_cases() -> Iterator[Case]:
         (5, 64, [(200, 3)], {}),
         (5, 64, [(130, 1), (0, 1), (70, 1)], {"sinks": True}),
         (3, 80, [(0, 9), (250, 1), (8, 1)], {"rows": "single", "window": 100}),
+        (4, 64, [(100, 9), (240, 1), (8, 7)], {"rows": "tiles", "qt": 4, "skip": True, "sinks": True}),
         (16, 256, [(255, 1)], {}),
     ):
         n_rows = sum(n for _, n in seqs)
         consts = {
-            "n_heads": 4, "head_dim": hd, "block_size": SIZE, "window": 0, "rows": "all", "splits": splits,
-            "share": SIZE, "sinks": False, "wg": 128, "st": ST, **more,
+            "n_heads": 4, "head_dim": hd, "block_size": SIZE, "window": 0, "rows": "all", "qt": 1,
+            "skip": False, "splits": splits, "share": SIZE, "sinks": False, "wg": 128, "st": ST, **more,
         }  # fmt: skip
 
         def tensors(rng, consts=consts, splits=splits, hd=hd, seqs=seqs, n_rows=n_rows):
             parts = normal(rng, n_rows, 4, splits, hd + 4)
             parts[..., hd + 1] = np.abs(parts[..., hd + 1]) + 0.5
-            step = step_words(seqs, rng=rng, qt=4 if consts["rows"] == "single" else 1)
+            step = step_words(seqs, rng=rng, qt=4)
             extra = [normal(rng, 4)] * consts["sinks"]
             return [step, parts, *extra, np.zeros((n_rows, 4 * hd), np.float32)]
 
         name = f"attention_merge {splits} splits, heads of {hd}" + "".join(f" {k}" for k in more)
         outputs = (2 + consts["sinks"],)
-        yield Case(name, "attention_merge", consts, tensors, outputs, (4, n_rows), 1e-5)
+        grid = (4, consts["qt"] * n_rows)
+        yield Case(name, "attention_merge", consts, tensors, outputs, grid, 1e-5)

@@ -14,6 +14,8 @@ UNSPLIT = 256  # tokens of context that one workgroup takes rather than have par
 MAX_SPLITS = 64
 BUSY = 32  # workgroups from which on splits take more than the least
 LEAST_SHARE, MOST_SHARE = 64, 1024  # tokens of a split
+TILE_SHARE = 128  # and of one of tiles
+TILE_WORKGROUPS = 256  # that tiles are split into, if there are fewer
 ROOM = 4096  # values of workgroup memory that the last sums of a row may take
 
 
@@ -98,61 +100,71 @@ def attention(
     q = r.scratch("q", r.n_rows, n_heads * head_dim)
     kernel = r.device.kernel("rope_store", **shape, **rotation, subgroup=r.device.subgroup_size)
     r.add(kernel, (*given, q, pages.k, pages.v), (n_heads + 2 * n_kv, r.n_rows))
-    consts = {**shape, **shown, "fused": False}
+    consts = {**shape, **shown}
     if r.qt == 1:
-        _rows(r, (r.step, q), pages, out, sinks, {**consts, "rows": "all"})
+        _rows(r, (r.step, q), pages, out, sinks, {**consts, "fused": False, "rows": "all"})
         return
     # rows of sequences that decode among prompts: a tile of one row would be slow where its context is long
     apart = r.n_seqs > 1 and not r.device.info.is_cpu
-    tile = tile_shape(r.device, head_dim)
-    nq = divisor(n_heads // n_kv, tile["tm"] * tile["mr"] // r.qt)
-    kernel = r.device.kernel(
-        "attention_tiles", **shape, **shown, **tile, sinks=sinks is not None, skip=apart, qt=r.qt, nq=nq,
-        subgroup=r.device.subgroup_size,
-    )  # fmt: skip
-    extra = () if sinks is None else (sinks,)
-    grid = (_max_tiles(r), n_heads // nq)
-    r.add(kernel, (r.step, q, pages.k, pages.v, *extra, out), grid)
+    _tiles(r, q, pages, out, sinks, {**consts, "skip": apart})
     if apart:
-        _rows(r, (r.step, q), pages, out, sinks, {**consts, "rows": "single"})
+        _rows(r, (r.step, q), pages, out, sinks, {**consts, "fused": False, "rows": "single"})
 
 
 def _rows(
     r: Recorder, given: tuple, pages: Pages, out: Tensor, sinks: Tensor | None, consts: dict[str, Any]
 ) -> None:
     """Attention by rows, their contexts split where they may be long."""
-    n_heads, head_dim, single = consts["n_heads"], consts["head_dim"], consts["rows"] == "single"
-    shape = row_shape(r.device, n_heads // consts["n_kv"], head_dim)
+    n_heads, single = consts["n_heads"], consts["rows"] == "single"
+    shape = row_shape(r.device, n_heads // consts["n_kv"], consts["head_dim"])
     n, grid_rows = (r.n_seqs, _max_tiles(r)) if single else (r.n_rows, r.n_rows)
-    splits, share = _splits(r, n * n_heads // shape["nq"], consts["window"], consts["block_size"])
-    extra = () if sinks is None else (sinks,)
-    parts = out if splits == 1 else r.scratch("attention parts", n, n_heads, splits, head_dim + 4)
-    kernel = r.device.kernel(
-        "attention", **consts, **shape, splits=splits, share=share, sinks=bool(extra) and splits == 1,
-    )  # fmt: skip
-    views = (*given, pages.k, pages.v, *(extra if splits == 1 else ()), parts)
-    r.add(kernel, views, (grid_rows, n_heads // shape["nq"], splits))
-    if splits > 1:
-        names = ("n_heads", "head_dim", "block_size", "window", "rows", "st")
-        kernel = r.device.kernel(
-            "attention_merge", **{name: consts[name] for name in names}, splits=splits, share=share,
-            sinks=bool(extra), wg=256,
-        )  # fmt: skip
-        r.add(kernel, (r.step, parts, *extra, out), (n_heads, grid_rows))
-
-
-def _splits(r: Recorder, workgroups: int, window: int, block_size: int) -> tuple[int, int]:
-    """Into how many parts contexts are cut at most, and how many tokens a part has at least.
-
-    `workgroups` is how many there are without splits: the fewer, the smaller the parts.
-    """
-    span = min(r.context, window + block_size) if window else r.context
-    if span <= UNSPLIT or r.device.info.is_cpu:
-        return 1, LEAST_SHARE
     share = LEAST_SHARE
-    while share < MOST_SHARE and share * BUSY < LEAST_SHARE * workgroups:
+    while share < MOST_SHARE and share * BUSY < LEAST_SHARE * n * n_heads // shape["nq"]:
         share *= 2
-    return min(MAX_SPLITS, -(-span // share)), share
+    splits = min(MAX_SPLITS, -(-_span(r, consts) // share))
+    grid = (grid_rows, n_heads // shape["nq"])
+    _whole(r, "attention", (*given, pages.k, pages.v), out, sinks, consts | shape, grid, splits, share, n, 1)
+
+
+def _tiles(
+    r: Recorder, q: Tensor, pages: Pages, out: Tensor, sinks: Tensor | None, consts: dict[str, Any]
+) -> None:
+    """Attention by tiles; the contexts of few tiles are split."""
+    n_heads, tile = consts["n_heads"], tile_shape(r.device, consts["head_dim"])
+    nq = divisor(n_heads // consts["n_kv"], tile["tm"] * tile["mr"] // r.qt)
+    grid = (_max_tiles(r), n_heads // nq)
+    splits = max(1, min(TILE_WORKGROUPS // (grid[0] * grid[1]), -(-_span(r, consts) // TILE_SHARE)))
+    consts = {**consts, **tile, "qt": r.qt, "nq": nq, "subgroup": r.device.subgroup_size}
+    views = (r.step, q, pages.k, pages.v)
+    _whole(r, "attention_tiles", views, out, sinks, consts, grid, splits, TILE_SHARE, r.n_rows, r.qt)
+
+
+def _whole(
+    r: Recorder, name: str, views: tuple, out: Tensor, sinks: Tensor | None, consts: dict[str, Any],
+    grid: tuple[int, int], splits: int, share: int, n: int, qt: int,
+) -> None:  # fmt: skip
+    """Record the kernel `name`, and where contexts are split what makes its parts (n, ...) whole."""
+    extra = () if sinks is None else (sinks,)
+    if splits == 1:
+        kernel = r.device.kernel(name, **consts, sinks=bool(extra), splits=1, share=share)
+        r.add(kernel, (*views, *extra, out), grid)
+        return
+    n_heads, head_dim = consts["n_heads"], consts["head_dim"]
+    parts = r.scratch("attention parts", n, n_heads, splits, head_dim + 4)
+    kernel = r.device.kernel(name, **consts, sinks=False, splits=splits, share=share)
+    r.add(kernel, (*views, parts), (*grid, splits))
+    merge = r.device.kernel(
+        "attention_merge", n_heads=n_heads, head_dim=head_dim, block_size=consts["block_size"],
+        window=consts["window"], rows=consts.get("rows", "tiles"), qt=qt, skip=consts.get("skip", False),
+        splits=splits, share=share, sinks=bool(extra), wg=256, st=r.layout,
+    )  # fmt: skip
+    r.add(merge, (r.step, parts, *extra, out), (n_heads, grid[0] * qt))
+
+
+def _span(r: Recorder, consts: dict[str, Any]) -> int:
+    """Tokens that a row may attend to; 1 where contexts are not to be split."""
+    span = min(r.context, consts["window"] + consts["block_size"]) if consts["window"] else r.context
+    return 1 if span <= UNSPLIT or r.device.info.is_cpu else span
 
 
 def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:

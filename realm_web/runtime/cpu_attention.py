@@ -115,11 +115,15 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
 def attention_tiles(c: dict, views: list[np.ndarray]) -> None:
     v, n_heads, hd = Views(views), c["n_heads"], c["head_dim"]
     step, q, k, values = v.u32(), v.f32(-1, n_heads, hd), Pages(c, v.bytes()), Pages(c, v.bytes())
-    sinks, out = v.f32(n_heads) if c["sinks"] else None, v.f32(-1, n_heads, hd)
+    sinks = v.f32(n_heads) if c["sinks"] else None
+    out = v.f32(-1, n_heads, hd) if c["splits"] == 1 else v.f32(-1, n_heads, c["splits"], hd + 4)
     single = _single_rows(c, step)
     wanted = ~single if c["skip"] else np.ones_like(single)
     for rows, scores, vals in _scores(c, step, q, k, values, wanted):
-        out[rows] = _attended(scores, vals, sinks)
+        if c["splits"] == 1:
+            out[rows] = _attended(scores, vals, sinks)
+        else:
+            _write_parts(c | {"rows": "tiles"}, step, rows, scores, vals, out)
 
 
 def _single_rows(c: dict, step: np.ndarray) -> np.ndarray:
@@ -175,11 +179,9 @@ def _write_parts(
     c: dict, step: np.ndarray, rows: np.ndarray, scores: np.ndarray, vals: np.ndarray, out: np.ndarray
 ) -> None:
     hd, n_heads = c["head_dim"], c["n_heads"]
-    st = c["st"]
     for i, row in enumerate(rows):
-        end = int(step[st.positions + row]) + 1
-        place = row if c["rows"] == "all" else step[st.row_seqs + row]
-        start, share, used = _split(c, end)
+        place = step[c["st"].row_seqs + row] if c["rows"] == "single" else row
+        start, end, share, used = _split(c, step, row)
         for s in range(used):
             here = slice(start + s * share, min(start + (s + 1) * share, end))
             part = scores[:, i, :, here]  # (n_kv, group, here)
@@ -191,12 +193,18 @@ def _write_parts(
             out[place, :, s, hd + 1] = probs.sum(axis=-1).reshape(-1)
 
 
-def _split(c: dict, end: int) -> tuple[int, int, int]:
-    """Where the context that ends before `end` begins, what each split of it takes, and how many do."""
-    size, splits = c["block_size"], c["splits"]
-    start = max(end - c["window"], 0) // size * size if c["window"] else 0
+def _split(c: dict, step: np.ndarray, row: int) -> tuple[int, int, int, int]:
+    """Where the context of a row or its tile begins and ends, what a split of it takes, and how many do."""
+    st, size, splits = c["st"], c["block_size"], c["splits"]
+    first, count = row, 1
+    if c["rows"] == "tiles":
+        tiles = step[st.tiles : st.tiles + int(step[st.N_TILES])]
+        tile = int(tiles[np.searchsorted(tiles & 0xFFFF, row, side="right") - 1])
+        first, count = tile & 0xFFFF, tile >> 16
+    position = int(step[st.positions + first])
+    start, end = max(position + 1 - c["window"], 0) // size * size if c["window"] else 0, position + count
     share = max(c["share"], -(-(end - start) // (splits * size)) * size)
-    return start, share, -(-(end - start) // share)
+    return start, end, share, -(-(end - start) // share)
 
 
 def attention_merge(c: dict, views: list[np.ndarray]) -> None:
@@ -204,10 +212,12 @@ def attention_merge(c: dict, views: list[np.ndarray]) -> None:
     step, parts = v.u32(), v.f32(-1, n_heads, c["splits"], hd + 4)
     sinks = v.f32(n_heads) if c["sinks"] else None
     out = v.f32(-1, n_heads, hd)
-    wanted = np.ones(int(step[c["st"].N_ROWS]), bool) if c["rows"] == "all" else _single_rows(c, step)
+    wanted = _single_rows(c, step)
+    if c["rows"] != "single":
+        wanted = ~wanted if c["rows"] == "tiles" and c["skip"] else np.ones_like(wanted)
     for row in np.flatnonzero(wanted):
-        _, _, used = _split(c, int(step[c["st"].positions + row]) + 1)
-        place = row if c["rows"] == "all" else step[c["st"].row_seqs + row]
+        *_, used = _split(c, step, row)
+        place = step[c["st"].row_seqs + row] if c["rows"] == "single" else row
         sums, tops, totals = (parts[place, :, :used, part] for part in (slice(hd), hd, hd + 1))
         top = tops.max(axis=1) if sinks is None else np.maximum(tops.max(axis=1), sinks)  # (n_heads,)
         weight = np.exp(tops - top[:, None])

@@ -1,8 +1,9 @@
-// The parts of `attention` with splits > 1 made whole: each split weighted by exp(its maximum - the largest).
+// The parts of `attention` and `attention_tiles` with splits > 1 made whole: each split weighted by exp(its maximum - the largest).
 // step;  parts (n_rows, n_heads, splits, head_dim + 4) f32, of which the first splits are written; of "single" rows by sequence
-// [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  The constants are as in `attention`.
-// wg: at least head_dim / 4 and splits
-// constants: n_heads, head_dim, block_size, window, rows, splits, share, sinks, wg, st;  grid: (n_heads, rows or tiles, 1)
+// [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  The constants are as there,
+// `rows` can be "tiles", too.  qt: 1 but for "tiles".  wg: at least head_dim / 4 and splits.
+// constants: n_heads, head_dim, block_size, window, rows, qt, skip, splits, share, sinks, wg, st
+// grid: (n_heads, rows or tiles * qt, 1)
 # set quads = head_dim // 4
 # set ns = namespace(ways=1)
 # for _ in range(6) if ns.ways * 2 * quads <= wg and ns.ways < splits
@@ -23,24 +24,30 @@ var<workgroup> stats: array<vec2<f32>, {{ splits }}>;
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  # if rows == "single"
-  if (wid.y >= step[{{ st.N_TILES }}]) {
+  # if rows != "all"
+  let nth = wid.y / {{ qt }}u;
+  if (nth >= step[{{ st.N_TILES }}]) {
     return;
   }
-  let tile = step[{{ st.tiles }}u + wid.y];
-  if ((tile >> 16u) > 1u) {
+  let tile = step[{{ st.tiles }}u + nth];
+  let row0 = tile & 0xffffu;
+  let count = tile >> 16u;
+  let row = row0 + wid.y % {{ qt }}u;
+  if (row - row0 >= count{{ " || count > 1u" if rows == "single" else " || count == 1u" if skip }}) {
     return;
   }
-  let row = tile & 0xffffu;
   # else
   let row = wid.y;
+  let row0 = row;
+  let count = 1u;
   if (row >= step[{{ st.N_ROWS }}]) {
     return;
   }
   # endif
-  let end = step[{{ st.positions }}u + row] + 1u;
+  let position0 = step[{{ st.positions }}u + row0];
+  let end = position0 + count;
   # if window
-  let start = (max(end, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
+  let start = (max(position0 + 1u, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
   # else
   let start = 0u;
   # endif

@@ -3,10 +3,11 @@
 // `mr` queries x `nr` keys, then of `mr` queries x head_dim / `tn` values, through workgroup memory.
 // step, with tiles of up to `qt` rows;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv) pages
 // [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  kv, ring, window, softcap, scale: as in `attention`.
+// With splits > 1 the context of a tile is cut, and out is parts as in `attention`, for all rows.
 // `skip`: tiles of one row are left to `attention`.  `keys`: how many keys' values are in workgroup memory at a time.
 // constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, skip, qt, nq, tm, tn, mr, nr, keys,
-// subgroup, st
-// grid: (tiles, n_heads / nq, 1)
+// splits, share, subgroup, st
+// grid: (tiles, n_heads / nq, splits)
 # import "lib/pages.wgsl" as pages
 # set group = n_heads // n_kv
 # set wg = tm * tn
@@ -58,11 +59,22 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endif
   let table = {{ pages.table_of("step[%du + row0]" % st.row_seqs, ring, st) }};
   let position0 = step[{{ st.positions }}u + row0];
-  let high = position0 + count;
+  let end = position0 + count;
   # if window
-  let low = (max(position0 + 1u, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
+  let start = (max(position0 + 1u, {{ window }}u) - {{ window }}u) / {{ block_size }}u * {{ block_size }}u;
   # else
-  let low = 0u;
+  let start = 0u;
+  # endif
+  # if splits > 1
+  let share = max({{ share }}u, (end - start + {{ splits * block_size - 1 }}u) / {{ splits * block_size }}u * {{ block_size }}u);
+  let low = start + wid.z * share;
+  if (low >= end) {
+    return;
+  }
+  let high = min(low + share, end);
+  # else
+  let low = start;
+  let high = end;
   # endif
   let head0 = wid.y * {{ nq }}u;
   let kv_head = head0 / {{ group }}u;
@@ -126,7 +138,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       s{{ i }}_{{ j }} = tanh(clamp(s{{ i }}_{{ j }} / {{ "%.9g" % softcap }}, vec4<f32>(-15.0), vec4<f32>(15.0))) * {{ "%.9g" % softcap }};
       # endif
       let p = vec4<u32>(here + {{ 4 * tn * j }}u + 4u * tn) + vec4<u32>(0u, 1u, 2u, 3u);
-      s{{ i }}_{{ j }} = select(vec4<f32>(NEVER), s{{ i }}_{{ j }}, (p <= vec4<u32>(seen{{ i }})){{ " & (p + %du > vec4<u32>(seen%d))" % (window, i) if window }});
+      s{{ i }}_{{ j }} = select(vec4<f32>(NEVER), s{{ i }}_{{ j }}, (p <= vec4<u32>(min(seen{{ i }}, high - 1u))){{ " & (p + %du > vec4<u32>(seen%d))" % (window, i) if window }});
     }
     # endfor
     # set all = namespace(text="s%d_0" % i)
@@ -217,6 +229,13 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let m = tm + {{ i * tm }}u;
     if (m < count * {{ nq }}u) {
       let head = head0 + m % {{ nq }}u;
+      # if splits > 1
+      let at = (((row0 + m / {{ nq }}u) * {{ n_heads }}u + head) * {{ splits }}u + wid.z) * {{ quads + 1 }}u;
+      if (tn == 0u) {
+        out[at + {{ quads }}u] = vec4<f32>(top{{ i }}, sum{{ i }}, 0.0, 0.0);
+      }
+      # set times = ""
+      # else
       let at = ((row0 + m / {{ nq }}u) * {{ n_heads }}u + head) * {{ quads }}u;
       var factor = 1.0 / sum{{ i }};
       # if sinks
@@ -224,13 +243,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       let keep = exp(top{{ i }} - highest);
       factor = keep / (sum{{ i }} * keep + exp(sinks[head] - highest));
       # endif
+      # set times = " * factor"
+      # endif
       # for j in range(dv)
       # if tail and j == dv - 1
       if (tn + {{ tn * j }}u < {{ quads }}u) {
-        out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }} * factor;
+        out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }}{{ times }};
       }
       # else
-      out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }} * factor;
+      out[at + tn + {{ tn * j }}u] = acc{{ i }}_{{ j }}{{ times }};
       # endif
       # endfor
     }

@@ -77,8 +77,7 @@ CHUNK = 32  # weights per chunk of the packed layout
 
 def activation_words(k: int) -> int:
     """u32 of a row of k activations in 8 bits (`shaders/lib/ints.wgsl`): bytes, then d and sums by chunk."""
-    chunks = k // CHUNK
-    return 4 * (2 * chunks + (chunks + 1) // 2)
+    return 12 * (k // CHUNK)
 
 
 CODEBOOK_FORMATS = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")

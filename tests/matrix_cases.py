@@ -126,8 +126,10 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
     chunks = k // 32
     got, want = got.reshape(-1, activation_words(k)), want.reshape(-1, activation_words(k))
     planes = np.ascontiguousarray(got[:, : 8 * chunks]).view(np.int8).reshape(len(got), 2, chunks, 16)
-    sums = planes.sum(axis=3, dtype=np.int16).transpose(0, 2, 1).reshape(len(got), -1)
-    if (np.ascontiguousarray(got[:, 8 * chunks + 1 : 10 * chunks : 2]).view(np.int16) != sums).any():
+    sums = planes.sum(axis=3, dtype=np.int32).transpose(0, 2, 1)  # (rows, chunks, 2)
+    scales = np.ascontiguousarray(got[:, 8 * chunks :]).view(np.float32).reshape(-1, chunks, 4)
+    of = np.concatenate([sums.sum(axis=2, keepdims=True), sums], axis=2)
+    if not np.allclose(scales[..., 1:], scales[..., :1] * of, rtol=1e-6, atol=0):  # rounded once
         return float("inf")
     a, b = (from_bytes(words, k).astype(np.float64).reshape(-1, 32) for words in (got, want))
     error = np.abs(a - b).max(axis=1) / np.maximum(np.abs(b).max(axis=1), 1e-37)

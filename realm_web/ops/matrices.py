@@ -191,4 +191,4 @@ def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
 def _makes_own(r: Recorder, x: Activations, m: int) -> bool:
     """One row is brought into bytes by every workgroup anew: that costs less than a dispatch."""
     room = min(OWN_BYTES, r.device.limits.max_shared - 4096)
-    return m == 1 and not x.gather and not x.are_made and 5 * x.k // 4 + 1280 <= room
+    return m == 1 and not x.gather and not x.are_made and 3 * x.k // 2 + 1536 <= room

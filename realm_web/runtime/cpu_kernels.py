@@ -185,9 +185,10 @@ def put_bytes(out: np.ndarray, rows: Any, q: np.ndarray, d: np.ndarray, factor: 
     words = np.zeros((m, activation_words(chunks * CHUNK)), np.uint32)
     planes = np.ascontiguousarray(q.reshape(m, chunks, 2, 16).transpose(0, 2, 1, 3))
     words[:, : 8 * chunks] = planes.reshape(m, CHUNK * chunks).view(np.uint32)
-    sums = q.reshape(m, chunks, 2, 16).sum(axis=3, dtype=np.int16)
-    words[:, 8 * chunks : 10 * chunks : 2] = (d * factor).astype(np.float32).view(np.uint32)
-    words[:, 8 * chunks + 1 : 10 * chunks : 2] = sums.reshape(m, 2 * chunks).view(np.uint32)
+    sums = q.reshape(m, chunks, 2, 16).sum(axis=3, dtype=np.int32).astype(np.float32)
+    d = (d * factor).astype(np.float32)[..., None]  # (m, chunks, 1)
+    scales = np.concatenate([d, d * sums.sum(axis=2, keepdims=True), d * sums], axis=2)
+    words[:, 8 * chunks :] = scales.reshape(m, 4 * chunks).view(np.uint32)
     out[rows] = words
 
 
@@ -195,7 +196,7 @@ def from_bytes(words: np.ndarray, k: int) -> np.ndarray:
     """Rows (m, activation_words) u32 as float32 (m, k)."""
     m, chunks = len(words), k // CHUNK
     planes = np.ascontiguousarray(words[:, : 8 * chunks]).view(np.int8).reshape(m, 2, chunks, 16)
-    d = np.ascontiguousarray(words[:, 8 * chunks : 10 * chunks : 2]).view(np.float32)
+    d = np.ascontiguousarray(words[:, 8 * chunks :: 4]).view(np.float32)
     return (planes.transpose(0, 2, 1, 3).reshape(m, chunks, CHUNK) * d[..., None]).reshape(m, k)
 
 

@@ -98,7 +98,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # macro activations(u, m, ragged)
     {{ "var" if ragged else "let" }} x{{ u }}_{{ m }} = x_fetch(m0 + {{ m }}u, {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
     # if ragged
-    x{{ u }}_{{ m }}.d = select(0.0, x{{ u }}_{{ m }}.d, c{{ u }} < {{ chunks }}u);
+    if (c{{ u }} >= {{ chunks }}u) {
+      x{{ u }}_{{ m }}.d = 0.0;
+      x{{ u }}_{{ m }}.total = 0.0;
+      x{{ u }}_{{ m }}.sums = vec2<f32>();
+    }
     # endif
   # endmacro
   # macro add(ragged)
@@ -232,7 +236,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let m = m0 + i / {{ each // 4 }}u;
   let quad = (wid.x + wid.z * {{ grid_x }}u) * {{ each // 4 }}u + i % {{ each // 4 }}u;
   if (lid < {{ quads }}u && quad < {{ n // 4 }}u && m < step[{{ count }}]) {
-    let to = m * {{ 4 * (ints.row_vec4s(n) | int) }}u;
+    let to = m * {{ 3 * n // 8 }}u;
 {{ quantise.put_lane({"name": "out", "to": "to", "k": n}, "quad", "") }}
   }
   # endif

@@ -3,7 +3,6 @@
 // step;  x (n_rows * times, k) f32;  out (n_rows * times) rows of lib/ints.wgsl
 // constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), subgroup, st
 // grid: (ceil(threads of a row / 64), rows, 1)
-# import "lib/ints.wgsl" as ints
 # import "lib/quantise.wgsl" as quantise
 {{ "enable subgroups;" if subgroup >= 8 }}
 {{ bind("step", "u32") }}
@@ -18,7 +17,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     return;
   }
   let i = wid.x * 64u + lid;
-  let to = wid.y * {{ 4 * (ints.row_vec4s(k) | int) }}u;
+  let to = wid.y * {{ 3 * k // 8 }}u;
   # set target = {"name": "out", "to": "to", "k": k}
   # if subgroup >= 8
   let v = x[wid.y * {{ k // 4 }}u + min(i, {{ k // 4 - 1 }}u)];

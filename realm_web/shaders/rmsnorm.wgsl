@@ -4,7 +4,6 @@
 // With `ints` out is in 8 bits (lib/ints.wgsl).
 // constants: dim, eps, gather, residual, ints, wg, subgroup, st;  grid: (n_rows, 1, 1)
 # import "lib/reduce.wgsl" as lib
-# import "lib/ints.wgsl" as rows
 # import "lib/quantise.wgsl" as quantise
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
@@ -33,7 +32,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endif
   let base = row * {{ dim // 4 }}u;
   # if ints
-  let to = wid.x * {{ 4 * (rows.row_vec4s(dim) | int) }}u;
+  let to = wid.x * {{ 3 * dim // 8 }}u;
 {{ quantise.row("x", "base", dim, wg, subgroup, "weight", eps, {"name": "out", "to": "to", "k": dim}) }}
   # else
   var squares = 0.0;

@@ -5,14 +5,9 @@
    format says its `offset`, whether its two `halves` have scales of their own (else s.x is for both), and whether there is a
    `minimum`: none, of the "chunk" (m.x) or of its "halves".
 
-   Activations are x = d * byte, d of a chunk; beside them stand the sums of the bytes of both halves, which is all that
-   offset and minimum need. A row of k of them is chunks = k / 32 vec4 of first halves, as many of second halves, and for
-   every two chunks a vec4 of d, sums (int16, the first half's low), d, sums. #}
-
-{# How many vec4 that is. #}
-# macro row_vec4s(k)
-{{ k // 16 + (k // 32 + 1) // 2 }}
-# endmacro
+   Activations are x = d * byte, d of a chunk; beside them stand sums, d times those of the bytes, which is all that offset and
+   minimum need. A row of k of them is chunks = k / 32 vec4 of first halves, as many of second halves, and as many of float32:
+   d, the chunk's sum, and those of its halves. #}
 
 # macro types()
 struct Ints {
@@ -26,37 +21,32 @@ struct Activations {
   a: vec4<u32>,
   b: vec4<u32>,
   d: f32,
-  sums: vec2<i32>,
+  total: f32,
+  sums: vec2<f32>,
 }
 
 fn dot16(a: vec4<u32>, b: vec4<u32>) -> i32 {
   return dot4I8Packed(a.x, b.x) + dot4I8Packed(a.y, b.y) + dot4I8Packed(a.z, b.z) + dot4I8Packed(a.w, b.w);
-}
-
-fn two_sums(word: u32) -> vec2<i32> {
-  return vec2<i32>(bitcast<i32>(word << 16u), bitcast<i32>(word)) >> vec2<u32>(16u);
 }
 # endmacro
 
 {# Chunk c of row m of the activations in the binding x. #}
 # macro activations(x, k)
 fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
-  let row = m * {{ row_vec4s(k) | trim }}u;
-  let pair = {{ x }}[row + {{ k // 16 }}u + (c >> 1u)];
-  let own = select(pair.xy, pair.zw, (c & 1u) == 1u);
-  return Activations({{ x }}[row + c], {{ x }}[row + {{ k // 32 }}u + c], bitcast<f32>(own.x), two_sums(own.y));
+  let at = m * {{ 3 * (k // 32) }}u + c;
+  let scales = bitcast<vec4<f32>>({{ x }}[at + {{ k // 16 }}u]);
+  return Activations({{ x }}[at], {{ x }}[at + {{ k // 32 }}u], scales.x, scales.y, scales.zw);
 }
 # endmacro
 
-{# Activations of one row that the workgroup makes for itself: a plane for each of the 8 words of a chunk, one of d, one of
-   sums. Planes are 4 words apart modulo 32, so that the lanes that write a chunk meet no bank twice. #}
+{# Activations of one row that the workgroup makes for itself: a plane for each of the 12 words of a chunk. Planes are 4 words apart modulo 32, so that the lanes that write a chunk meet no bank twice. #}
 # macro plane(k)
 {{ k // 32 + (4 - k // 32) % 32 }}
 # endmacro
 
 # macro own_activations(x, k)
 # set p = plane(k) | trim | int
-var<workgroup> {{ x }}_own: array<u32, {{ 10 * p }}>;
+var<workgroup> {{ x }}_own: array<u32, {{ 12 * p }}>;
 
 fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
   return Activations(
@@ -64,25 +54,21 @@ fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
     vec4<u32>({% for i in range(first, first + 4) %}{{ x }}_own[c + {{ i * p }}u]{{ ", " if not loop.last }}{% endfor %}),
   # endfor
     bitcast<f32>({{ x }}_own[c + {{ 8 * p }}u]),
-    two_sums({{ x }}_own[c + {{ 9 * p }}u])
+    bitcast<f32>({{ x }}_own[c + {{ 9 * p }}u]),
+    bitcast<vec2<f32>>(vec2<u32>({{ x }}_own[c + {{ 10 * p }}u], {{ x }}_own[c + {{ 11 * p }}u]))
   );
 }
 # endmacro
 
 # macro product(offset, halves, minimum)
+# set low = ["w.s * %d.0" % offset if offset else "", "w.m" if minimum else ""] | select | join(" + ")
 fn product(w: Ints, x: Activations) -> f32 {
 # if halves
-  let sum = w.s.x * f32(dot16(w.a, x.a){{ " - %d * x.sums.x" % offset if offset }})
-    + w.s.y * f32(dot16(w.b, x.b){{ " - %d * x.sums.y" % offset if offset }});
+  let sum = x.d * (w.s.x * f32(dot16(w.a, x.a)) + w.s.y * f32(dot16(w.b, x.b)));
+  return sum{{ " - dot(%s, x.sums)" % low if low }};
 # else
-  let sum = w.s.x * f32(dot16(w.a, x.a) + dot16(w.b, x.b){{ " - %d * (x.sums.x + x.sums.y)" % offset if offset }});
-# endif
-# if minimum == "chunk"
-  return x.d * (sum - w.m.x * f32(x.sums.x + x.sums.y));
-# elif minimum == "halves"
-  return x.d * (sum - (w.m.x * f32(x.sums.x) + w.m.y * f32(x.sums.y)));
-# else
-  return x.d * sum;
+  let sum = x.d * w.s.x * f32(dot16(w.a, x.a) + dot16(w.b, x.b));
+  return sum{{ " - (%s).x * x.total" % low if low }};
 # endif
 }
 # endmacro

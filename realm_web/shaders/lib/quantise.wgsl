@@ -18,13 +18,9 @@ fn rounded(v: vec4<f32>, scale: f32) -> u32 {
 fn sum_of(word: u32) -> i32 {
   return dot4I8Packed(word, 0x01010101u);
 }
-
-fn sums_word(a: i32, b: i32) -> u32 {
-  return (bitcast<u32>(a) & 0xffffu) | (bitcast<u32>(b) << 16u);
-}
 # endmacro
 
-{# Of a chunk in v0 to v7: the bytes in q0 to q7, their sums in `sums`, d in `d`. #}
+{# Of a chunk in v0 to v7: the bytes in q0 to q7, their sums by halves in `sums`, d in `d`. #}
 # macro chunk()
   let top = max(
     max(max(largest(v0), largest(v1)), max(largest(v2), largest(v3))),
@@ -35,7 +31,7 @@ fn sums_word(a: i32, b: i32) -> u32 {
 # for i in range(8)
   let q{{ i }} = rounded(v{{ i }}, scale);
 # endfor
-  let sums = sums_word(sum_of(q0) + sum_of(q1) + sum_of(q2) + sum_of(q3), sum_of(q4) + sum_of(q5) + sum_of(q6) + sum_of(q7));
+  let sums = vec2<f32>(vec2<i32>(sum_of(q0) + sum_of(q1) + sum_of(q2) + sum_of(q3), sum_of(q4) + sum_of(q5) + sum_of(q6) + sum_of(q7)));
 # endmacro
 
 {# Of a chunk spread over 8 lanes, a vector v in each: its byte word `q`, and in the first lane of the 8 the sums, d. #}
@@ -49,16 +45,14 @@ fn sums_word(a: i32, b: i32) -> u32 {
   var half = sum_of(q);
   half += subgroupShuffleXor(half, 1u);
   half += subgroupShuffleXor(half, 2u);
-  let sums = sums_word(half, subgroupShuffleXor(half, 4u));
+  let sums = vec2<f32>(vec2<i32>(half, subgroupShuffleXor(half, 4u)));
 # endmacro
 
-{# Writes a word of chunk c: 0 to 7 are its bytes, "d" and "sums" what belongs to them. The target is a dict: of a workgroup's own
+{# Writes a word of chunk c: 0 to 7 are its bytes, 8 to 11 what belongs to them. The target is a dict: of a workgroup's own
    row {name, plane}, of a row of k that begins at word `to` of a binding of u32 {name, to, k}. #}
 # macro put(target, word, c, value)
 # if "plane" in target
-{{ target.name }}[{{ c }} + {{ {"d": 8, "sums": 9}.get(word, word) * target.plane }}u] = {{ value }};
-# elif word in ("d", "sums")
-{{ target.name }}[{{ target.to }} + {{ target.k // 4 + (word == "sums") }}u + 2u * {{ c }}] = {{ value }};
+{{ target.name }}[{{ c }} + {{ word * target.plane }}u] = {{ value }};
 # else
 {{ target.name }}[{{ target.to }} + {{ word // 4 * target.k // 8 + word % 4 }}u + 4u * {{ c }}] = {{ value }};
 # endif
@@ -77,8 +71,7 @@ fn sums_word(a: i32, b: i32) -> u32 {
 # macro put_lane(target, i, factor)
   {{ put_quad(target, i, "q") }}
   if (({{ i }} & 7u) == 0u) {
-    {{ put(target, "d", "(%s >> 3u)" % i, "bitcast<u32>(d%s)" % factor) }}
-    {{ put(target, "sums", "(%s >> 3u)" % i, "sums") }}
+{{ put_scales(target, "(%s >> 3u)" % i, factor) }}
   }
 # endmacro
 
@@ -86,8 +79,15 @@ fn sums_word(a: i32, b: i32) -> u32 {
 # for i in range(8)
   {{ put(target, i, c, "q%d" % i) }}
 # endfor
-  {{ put(target, "d", c, "bitcast<u32>(d%s)" % factor) }}
-  {{ put(target, "sums", c, "sums") }}
+{{ put_scales(target, c, factor) }}
+# endmacro
+
+# macro put_scales(target, c, factor)
+  let scale_of = d{{ factor }};
+  {{ put(target, 8, c, "bitcast<u32>(scale_of)") }}
+  {{ put(target, 9, c, "bitcast<u32>(scale_of * (sums.x + sums.y))") }}
+  {{ put(target, 10, c, "bitcast<u32>(scale_of * sums.x)") }}
+  {{ put(target, 11, c, "bitcast<u32>(scale_of * sums.y)") }}
 # endmacro
 
 {# A row of x that begins at vector `base`, normed with the weights `norm` if there are any, by the whole workgroup. #}

@@ -49,7 +49,7 @@ def threads(tiles: matmuls.Tiles) -> int:
 
 
 @pytest.mark.parametrize(
-    ("x_as", "max_shared"), (("halves", 32), ("ints", 16), ("ints", 48), ("f32", 16), ("f32", 48))
+    ("x_as", "max_shared"), (("halves", 48), ("ints", 16), ("ints", 48), ("f32", 16), ("f32", 48))
 )
 def test_every_choice_fits_the_shape_and_the_device(x_as, max_shared):
     max_shared <<= 10

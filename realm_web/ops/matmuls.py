@@ -36,7 +36,7 @@ def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
     """Tiles for m rows times n rows of k weights, measured on an NVIDIA H200 (bench/NOTES.md)."""
     bm = next((bm for bm in (16, 32) if m <= bm), 64)
     if x_as == "halves":
-        return _cut(_units(bm, 128 if n >= 1 << 14 or m > 64 else 64), n, k, m)
+        return _cut(_units(64, 64, 1) if m > 64 else _units(bm, min(bm, 32), 2), n, k, m)
     if x_as == "f32":
         return _cut(_tiles(x_as, min(bm, 32), 64, 4, 4, 1), n, k, m)
     chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
@@ -48,9 +48,9 @@ def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
     return Tiles("matmul", bm, bn, tuning, group=bn // tn)
 
 
-def _units(bm: int, bn: int) -> Tiles:
-    tuning = (("sm", min(bm, 32)), ("sn", 32), ("chunks", 1), ("stages", 1))
-    return Tiles("matmul_units", bm, bn, tuning, group=16)
+def _units(bm: int, sm: int, chunks: int) -> Tiles:
+    tuning = (("sm", sm), ("sn", 32), ("chunks", chunks), ("stages", 1))
+    return Tiles("matmul_units", bm, 128, tuning, group=16)
 
 
 def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
@@ -104,7 +104,7 @@ def record(
 def _has_units(device: Device) -> bool:
     """Whether `matmul_units` runs there: it takes subgroups of 32 and some room."""
     has = {"subgroup_matrix", "f16"} <= device.features
-    return has and device.subgroup_size == 32 and device.limits.max_shared >= 32 << 10
+    return has and device.subgroup_size == 32 and device.limits.max_shared >= 48 << 10
 
 
 def _form(r: Recorder, weight: QuantFormat, exact: bool) -> str:

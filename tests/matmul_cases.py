@@ -51,7 +51,7 @@ def tile_cases() -> Iterator[Case]:
 
 def half_rows_cases() -> Iterator[Case]:
     for k, norm, gather, subgroup in (
-        (64, False, False, 0), (416, False, False, -1), (416, True, False, 0), (64, True, True, -1),
+        (64, False, False, 0), (1120, False, False, -1), (1120, True, False, 0), (64, True, True, -1),
     ):  # fmt: skip
 
         def tensors(rng, k=k, norm=norm, gather=gather):

@@ -69,7 +69,7 @@ class Activations:
     def halves(self, r: Recorder) -> tuple[Tensor, Tensor]:
         """(k / 8, n, 8) f16 and the scales (n,) f32 of its rows, for matrix units."""
         if self._halves is None:
-            n, wg = self._n(r), 256
+            n, wg = self._n(r), 256 if self.k <= 8192 else min(512, r.device.limits.max_invocations)
             y = r.scratch(f"{self._name} in halves", n, self.k // 2)
             scale = r.scratch(f"scales of {self._name}", n)
             subgroup = r.device.subgroup_size if wg % max(r.device.subgroup_size, 1) == 0 else 0

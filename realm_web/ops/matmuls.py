@@ -38,7 +38,7 @@ def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
     if x_as == "halves":
         return _cut(_units(64, 64, 1) if m > 64 else _units(bm, min(bm, 32), 2), n, k, m)
     if x_as == "f32":
-        return _cut(_tiles(x_as, min(bm, 32), 64, 4, 4, 1), n, k, m)
+        return _cut(_tiles(x_as, max(bm, 32), 64, 8 if bm == 64 else 4, 4, 1), n, k, m)
     chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
     return _cut(_tiles(x_as, bm, 64, 8 if bm == 64 else 4, 4, chunks), n, k, m)
 

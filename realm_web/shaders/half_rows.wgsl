@@ -35,34 +35,44 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let row = wid.x;
   # endif
   let base = row * {{ k // 4 }}u;
-  var top = 0.0;
+  {# A thread keeps its values from the first pass to the second, eight at a time. #}
+  # set n_items = (k // 8 + wg - 1) // wg
+  # set n_whole = k // 8 // wg
+  # for t in range(n_items)
+  let at{{ t }} = {{ "min(lid + %du, %du)" % (t * wg, k // 8 - 1) if t >= n_whole else "lid + %du" % (t * wg) }};
+  var a{{ t }} = x[base + 2u * at{{ t }}];
+  var b{{ t }} = x[base + 2u * at{{ t }} + 1u];
+  # endfor
   # if norm
-  var squares = 0.0;
+  var squares = {% for t in range(n_whole) %}{{ " + " if t }}dot(a{{ t }}, a{{ t }}) + dot(b{{ t }}, b{{ t }}){% endfor %}{{ "0.0" if not n_whole }};
+  # if n_items > n_whole
+  squares += select(0.0, dot(a{{ n_whole }}, a{{ n_whole }}) + dot(b{{ n_whole }}, b{{ n_whole }}), lid < {{ k // 8 - n_whole * wg }}u);
   # endif
-  for (var i = lid; i < {{ k // 4 }}u; i += {{ wg }}u) {
-    let v = x[base + i];
-    # if norm
-    squares += dot(v, v);
-    let a = abs(v * weight[i]);
-    # else
-    let a = abs(v);
-    # endif
-    top = max(top, max(max(a.x, a.y), max(a.z, a.w)));
-  }
+  # for t in range(n_items)
+  a{{ t }} *= weight[2u * at{{ t }}];
+  b{{ t }} *= weight[2u * at{{ t }} + 1u];
+  # endfor
+  # endif
+  var most = abs(a0);
+  # for t in range(n_items)
+  most = max(most, max(abs(a{{ t }}), abs(b{{ t }})));
+  # endfor
+  let top = highest(max(max(most.x, most.y), max(most.z, most.w)), lid);
   # if norm
   let factor = inverseSqrt(sum(squares, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
   # else
   let factor = 1.0;
   # endif
   // the exponent bits alone; not so small that its inverse overflows
-  let power = clamp(bitcast<u32>(highest(top, lid) * factor) & 0x7f800000u, 0x08000000u, 0x7e000000u);
+  let power = clamp(bitcast<u32>(top * factor) & 0x7f800000u, 0x08000000u, 0x7e000000u);
   let times = factor * bitcast<f32>(0x7f000000u - power);
-  for (var i = lid; i < {{ k // 8 }}u; i += {{ wg }}u) {
-    # for e in "ab"
-    let {{ e }} = x[base + 2u * i + {{ loop.index0 }}u] * times{{ " * weight[2u * i + %du]" % loop.index0 if norm }};
-    # endfor
-    y[i * {{ rows }}u + wid.x] = vec4<u32>(pack2x16float(a.xz), pack2x16float(a.yw), pack2x16float(b.xz), pack2x16float(b.yw));
+  # for t in range(n_items)
+  {{ "if (lid < %du) " % (k // 8 - t * wg) if t >= n_whole }}{
+    let a = a{{ t }} * times;
+    let b = b{{ t }} * times;
+    y[at{{ t }} * {{ rows }}u + wid.x] = vec4<u32>(pack2x16float(a.xz), pack2x16float(a.yw), pack2x16float(b.xz), pack2x16float(b.yw));
   }
+  # endfor
   if (lid == 0u) {
     scale[wid.x] = bitcast<f32>(power) / 64.0;
   }

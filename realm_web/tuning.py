@@ -161,6 +161,8 @@ def _sensible(v: Matvec, shape: Shape) -> bool:
         return False
     loads = v.rows * v.unroll * (1 + shape.act)
     sums = v.rows * v.m_tile * (1 + shape.act)
+    if not v.subgroup and 4 * sums * v.wg > 4096:  # bytes of workgroup memory in which they meet
+        return False
     return loads <= 8 and sums <= 32 and (v.m_tile == 1 or v.unroll == 1)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from realm_web import grids
 from realm_web.ops import matmuls
 from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
-from realm_web.quants import FORMATS
+from realm_web.quants import FORMATS, QuantFormat
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
 
@@ -89,6 +90,8 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
 
     Where workgroups fill their memory first, with activations or a table, they are few and large.
     """
+    if not device.subgroup_size:  # sums meet in workgroup memory, which is small
+        return Matvec(size, 1 if shape.m_tile > 1 else 2, 64 if shape.m_tile > 1 else 128, shape.m_tile, 0)
     n = shape.n * (1 + shape.act)
     lanes = size if n >= 8192 or shape.k < 64 * size else 2 * size
     most = min(512, device.limits.max_invocations)
@@ -172,7 +175,7 @@ def shape_of(
 ) -> Shape:  # fmt: skip
     """Of a weight in one piece, or of its first shard."""
     n = weight.shards[0].n_rows // (2 if act else 1)
-    own = ints and _makes_own(r, x, m)
+    own = ints and _makes_own(r, x, weight, m)
     return Shape(weight.fmt.name, n, weight.k, m, bool(act), own, to_bytes)
 
 
@@ -188,7 +191,14 @@ def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
     )  # fmt: skip
 
 
-def _makes_own(r: Recorder, x: Activations, m: int) -> bool:
+def _makes_own(r: Recorder, x: Activations, weight: Weight, m: int) -> bool:
     """One row is brought into bytes by every workgroup anew: that costs less than a dispatch."""
-    room = min(OWN_BYTES, r.device.limits.max_shared - 4096)
+    room = min(OWN_BYTES, r.device.limits.max_shared - 4096 - _table_bytes(weight.fmt))
     return m == 1 and not x.gather and not x.are_made and 3 * x.k // 2 + 1536 <= room
+
+
+def _table_bytes(fmt: QuantFormat) -> int:
+    """What the format's table takes of workgroup memory: a grid, that of IQ1 in half, or pairs of bytes."""
+    if not fmt.has_table:
+        return 0
+    return len(grids.rows(fmt.grid)) // (2 if fmt.grid == "iq1" else 1) if fmt.grid else 1024

@@ -15,7 +15,7 @@ from realm_web.errors import DeviceError
 from realm_web.runtime.device import Device, Program, Readback, Step
 
 PROBE_BYTES = 1 << 30  # far beyond any cache
-WARM_UP = 0.3  # seconds until a GPU that idled is at its clocks: before, an H200 read at 0.4 to 0.8 of its rate
+AWAKE = 0.3  # seconds until a GPU that idled is at its clocks: before, an H200 read at 0.4 to 0.8 of its rate
 CPU_PROBE_BYTES = 1 << 26
 SHARE = 4096  # vec4 loads per thread of the probe
 MAX_TIMED = 2048  # steps of one program: WebGPU allows 4096 queries in a set
@@ -73,7 +73,7 @@ async def measure_bandwidth(device: Device) -> float:
     await device.compile()
     program = device.program("bandwidth probe")
     program.add(kernel, (device.view(buffer), device.view(out)), (groups,))
-    warm = time.perf_counter() + (0 if device.info.is_cpu else WARM_UP)
+    warm = time.perf_counter() + (0 if device.info.is_cpu else AWAKE)
     seconds = await timed(device, program, 4)
     while time.perf_counter() < warm:
         seconds = min(seconds, await timed(device, program, 16))

@@ -100,6 +100,9 @@ fn sum_of(word: u32) -> i32 {
 # for t in range(batch)
     let i{{ t }} = first + lid + {{ t * wg }}u;
     let x{{ t }} = {{ x }}[{{ base }} + min(i{{ t }}, {{ quads - 1 }}u)];
+# if norm
+    let n{{ t }} = {{ norm }}[min(i{{ t }}, {{ quads - 1 }}u)];  // under way together with x, ahead of the barriers
+# endif
 # endfor
 # if norm
     let all = {% for t in range(batch) %}select(0.0, dot(x{{ t }}, x{{ t }}), i{{ t }} < {{ quads }}u){{ " + " if not loop.last }}{% endfor %};
@@ -107,7 +110,7 @@ fn sum_of(word: u32) -> i32 {
 # endif
 # for t in range(batch)
     {
-      let v = x{{ t }}{{ " * %s[min(i%d, %du)]" % (norm, t, quads - 1) if norm }};
+      let v = x{{ t }}{{ " * n%d" % t if norm }};
 {{ chunk_of_lanes() }}
       if (i{{ t }} < {{ quads }}u) {
 {{ put_lane(target, "i%d" % t, factor) }}

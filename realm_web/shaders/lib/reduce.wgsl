@@ -15,10 +15,17 @@ fn {{ name }}(value: f32, lid: u32) -> f32 {
     {{ name }}_shared[lid / {{ subgroup }}u] = part;
   }
   workgroupBarrier();
+# set parts = wg // subgroup
+# if parts <= subgroup
+  let lane = lid % {{ subgroup }}u;
+  let other = {{ name }}_shared[min(lane, {{ parts - 1 }}u)];
+  let total = {{ "subgroupMax(other)" if op == "max" else "subgroupAdd(select(0.0, other, lane < %du))" % parts }};
+# else
   var total = {{ name }}_shared[0];
-  for (var i = 1u; i < {{ wg // subgroup }}u; i++) {
+  for (var i = 1u; i < {{ parts }}u; i++) {
     total = {{ name }}_pair(total, {{ name }}_shared[i]);
   }
+# endif
   workgroupBarrier();
   return total;
 # else

@@ -132,13 +132,19 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endmacro
   # set span = lanes * unroll
   # set whole = chunks // span
-  // the first weights are under way before the activations are made
+  # set row_at = "m0 * %du" % (k // 4)
+  # set norm_name = "norm" if x_as == "norm" else ""
+  # set once = quantise.batch_of(k, wg, norm_name) | int * wg >= k // 4
+  // the first weights are under way before the activations are made, and what those are made from is before them
+  # if own and once
+{{ quantise.load("x", row_at, k, wg, subgroup, norm_name) }}
+  # endif
 {{ fetch("lane", whole == 0) }}
   # if has_table(fmt)
   w_prepare(lid);
   # endif
   # if own
-{{ quantise.row("x", "m0 * %du" % (k // 4), k, wg, subgroup, "norm" if x_as == "norm" else "", eps, {"name": "x_own", "plane": ints.plane(k) | int}) }}
+{{ quantise.row("x", row_at, k, wg, subgroup, norm_name, eps, {"name": "x_own", "plane": ints.plane(k) | int}, loaded=once) }}
   # endif
   # if own or has_table(fmt)
   workgroupBarrier();

@@ -90,34 +90,36 @@ fn sum_of(word: u32) -> i32 {
   {{ put(target, 11, c, "bitcast<u32>(scale_of * sums.y)") }}
 # endmacro
 
-{# A row of x that begins at vector `base`, normed with the weights `norm` if there are any, by the whole workgroup. #}
-# macro row(x, base, k, wg, subgroup, norm, eps, target)
+{# A row of x that begins at vector `base`, normed with the weights `norm` if there are any, by the whole workgroup. Loads that
+   `load` has issued already, in the same scope, are not repeated: so they can go ahead of others. #}
+# macro row(x, base, k, wg, subgroup, norm, eps, target, loaded=false)
 # set quads = k // 4
 # set factor = " * factor" if norm else ""
 # if subgroup >= 8
-# set batch = [(quads + wg - 1) // wg, 4 if not norm else quads] | min
+# set batch = batch_of(k, wg, norm) | int
+# set once = batch * wg >= quads
+# if not once
   for (var first = 0u; first < {{ quads }}u; first += {{ batch * wg }}u) {
-# for t in range(batch)
-    let i{{ t }} = first + lid + {{ t * wg }}u;
-    let x{{ t }} = {{ x }}[{{ base }} + min(i{{ t }}, {{ quads - 1 }}u)];
-# if norm
-    let n{{ t }} = {{ norm }}[min(i{{ t }}, {{ quads - 1 }}u)];  // under way together with x, ahead of the barriers
 # endif
-# endfor
+# if not (loaded and once)
+{{ load(x, base, k, wg, subgroup, norm) }}
+# endif
 # if norm
     let all = {% for t in range(batch) %}select(0.0, dot(x{{ t }}, x{{ t }}), i{{ t }} < {{ quads }}u){{ " + " if not loop.last }}{% endfor %};
     let factor = inverseSqrt(sum(all, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
 # endif
 # for t in range(batch)
     {
-      let v = x{{ t }}{{ " * n%d" % t if norm }};
+      let v = x{{ t }}{{ " * norm%d" % t if norm }};
 {{ chunk_of_lanes() }}
       if (i{{ t }} < {{ quads }}u) {
 {{ put_lane(target, "i%d" % t, factor) }}
       }
     }
 # endfor
+# if not once
   }
+# endif
 # else
 # if norm
   var squares = 0.0;
@@ -134,5 +136,26 @@ fn sum_of(word: u32) -> i32 {
 {{ chunk() }}
 {{ put_chunk(target, "c", factor) }}
   }
+# endif
+# endmacro
+
+{# Vectors that a thread takes at a time: all of its share where that is to be normed, or is small. #}
+# macro batch_of(k, wg, norm)
+# set share = (k // 4 + wg - 1) // wg
+{{ share if norm or share <= 8 else 4 }}
+# endmacro
+
+# macro load(x, base, k, wg, subgroup, norm)
+# set quads = k // 4
+# if subgroup >= 8
+# set batch = batch_of(k, wg, norm) | int
+# set first = "" if batch * wg >= quads else "first + "
+# for t in range(batch)
+    let i{{ t }} = {{ first }}lid + {{ t * wg }}u;
+    let x{{ t }} = {{ x }}[{{ base }} + min(i{{ t }}, {{ quads - 1 }}u)];
+# if norm
+    let norm{{ t }} = {{ norm }}[min(i{{ t }}, {{ quads - 1 }}u)];
+# endif
+# endfor
 # endif
 # endmacro

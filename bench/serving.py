@@ -124,7 +124,12 @@ class Bench:
 class _Clock:
     """Time spent in the engine's own bookkeeping, by step: scheduling, delivering, writing the step."""
 
-    NAMES = (("scheduler", "schedule"), ("scheduler", "update"), ("engine", "_deliver"), ("runner", "_write_step"))
+    NAMES = (
+        ("scheduler", "schedule"),
+        ("scheduler", "update"),
+        ("engine", "_deliver"),
+        ("runner", "_write_step"),
+    )
 
     def __init__(self, engine: Engine):
         self.spent, self.steps = 0.0, 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from realm_web import tuning
+from realm_web import tiling, tuning
 from realm_web.chat import ChatTemplate
 from realm_web.errors import DeviceError, FormatError, OutOfDeviceMemory, RequestError
 from realm_web.gguf import GGUFFile
@@ -176,6 +176,7 @@ async def _tune(device: Device, transformer: Transformer, store: Store, on_progr
 
     try:
         await tuning.tune(device, transformer.matrices, store, on_message=say)
+        await tiling.tune(device, transformer.matrices, store, on_message=say)
     except OSError as error:  # a home that cannot be written to
         say(f"what was measured is not kept: {error}")
 

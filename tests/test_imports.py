@@ -33,6 +33,7 @@ LEVELS = {
     "ops": 3,
     "models": 4,
     "kvcache": 4,
+    "tiling": 4,
     "tuning": 4,
     "sampler": 4,
     "grammar": 4,

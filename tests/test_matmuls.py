@@ -26,6 +26,7 @@ class Hardware:
     def __init__(self, max_shared: int):
         self.features = frozenset({"f16", "subgroups", "subgroup_matrix"})
         self.subgroup_size = 32
+        self.tiles = {}
         self.limits = replace(cpu.info().limits, max_shared=max_shared)
 
 
@@ -56,18 +57,22 @@ def test_every_choice_fits_the_shape_and_the_device(x_as, max_shared):
     device = Hardware(max_shared)
     for n, k in SHAPES:
         for m in ROWS:
-            tiles = matmuls.choose(device, x_as, n, k, m)
-            t = dict(tiles.tuning)
-            assert k // 32 % (tiles.splits * t["chunks"]) == 0
-            assert shared_bytes(tiles) <= max_shared
-            assert 32 <= threads(tiles) <= 256
-            assert tiles.bn % (2 * tiles.group) == 0  # gates and their values share a tile
-            if tiles.kernel == "matmul_units":
-                assert tiles.bm % t["sm"] == tiles.bn % t["sn"] == t["sm"] % 16 == t["sn"] % 32 == 0
+            check_all(matmuls.candidates(device, x_as, n, k, m), k, max_shared)
+
+
+def check_all(candidates: tuple[matmuls.Tiles, ...], k: int, max_shared: int) -> None:
+    for tiles in candidates:
+        t = dict(tiles.tuning)
+        assert k // 32 % (tiles.splits * t["chunks"]) == 0
+        assert shared_bytes(tiles) <= max_shared
+        assert 32 <= threads(tiles) <= 256
+        assert tiles.bn % (2 * tiles.group) == 0  # gates and their values share a tile
+        if tiles.kernel == "matmul_units":
+            assert tiles.bm % t["sm"] == tiles.bn % t["sn"] == t["sm"] % 16 == t["sn"] % 32 == 0
 
 
 def test_few_tiles_are_cut_along_k_and_many_are_not():
     device = Hardware(48 << 10)
-    assert matmuls.choose(device, "ints", 4096, 14336, 16).splits > 1
-    assert matmuls.choose(device, "ints", 128256, 4096, 16).splits == 1
-    assert matmuls.choose(device, "ints", 4096, 14336, 2048).splits == 1
+    assert matmuls.choose(device, "ints", "Q4_K", "", 4096, 14336, 16).splits > 1
+    assert matmuls.choose(device, "ints", "Q4_K", "", 128256, 4096, 16).splits == 1
+    assert matmuls.choose(device, "ints", "Q4_K", "", 4096, 14336, 2048).splits == 1

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
 
 async def _tune(header: "GGUFFile", device_name: str) -> "tuple[str, list[Timing]]":
     """The weights are allocated and not read: how long a product takes does not hang on their values."""
-    from realm_web import tuning
+    from realm_web import tiling, tuning
     from realm_web.cli.terminal import note
     from realm_web.models import build
     from realm_web.runtime.adapters import open_device
@@ -56,6 +56,7 @@ async def _tune(header: "GGUFFile", device_name: str) -> "tuple[str, list[Timing
         timings = await tuning.tune(
             device, transformer.matrices, store, again=True, seconds=SECONDS, on_message=note
         )
+        await tiling.tune(device, transformer.matrices, store, again=True, seconds=SECONDS, on_message=note)
         return device.name, timings
     finally:
         device.close()

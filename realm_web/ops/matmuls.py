@@ -32,15 +32,44 @@ class Tiles:
         return {"bm": self.bm, "bn": self.bn, **dict(self.tuning), "splits": self.splits}
 
 
-def choose(device: Device, x_as: str, n: int, k: int, m: int) -> Tiles:
-    """Tiles for m rows times n rows of k weights, measured on an NVIDIA H200 (bench/NOTES.md)."""
-    bm = next((bm for bm in (16, 32) if m <= bm), 64)
-    if x_as == "halves":
-        return _cut(_units(64, 64, 1) if m > 64 else _units(bm, min(bm, 32), 2), n, k, m)
+def choose(device: Device, x_as: str, fmt: str, act: str, n: int, k: int, m: int) -> Tiles:
+    """Tiles for m rows times n rows of k weights: measured ones (`tiling.py`), or those of an NVIDIA H200."""
+    tuned = device.tiles.get(tiles_key(x_as, fmt, act, n, k, m))
+    return tuned or candidates(device, x_as, n, k, m)[0]
+
+
+def rows_class(m: int) -> int:
+    """Rows that share a choice are named by the largest of them; 128 stands for all above 64."""
+    return next((rows for rows in (16, 32, 64) if m <= rows), 128)
+
+
+def tiles_key(x_as: str, fmt: str, act: str, n: int, k: int, m: int) -> str:
+    """The name of a product whose tiles were measured."""
+    return f"{x_as} {fmt} {n}x{k} {act or 'plain'} {rows_class(m)} rows"
+
+
+def candidates(device: Device, x_as: str, n: int, k: int, m: int) -> tuple[Tiles, ...]:
+    """The likely best first; for matrix units more, also with twice the shares of k, which are summed apart.
+
+    Of variants for those that differ in one constant some run five times slower than others, and not the same
+    ones on the next shape (bench/NOTES.md): what a driver's compiler makes of them has to be measured.
+    """
+    bm = rows_class(m)
     if x_as == "f32":
-        return _cut(_tiles(x_as, max(bm, 32), 64, 8 if bm == 64 else 4, 4, 1), n, k, m)
-    chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
-    return _cut(_tiles(x_as, bm, 64, 8 if bm == 64 else 4, 4, chunks), n, k, m)
+        return (_cut(_tiles(x_as, min(max(bm, 32), 64), 64, 8 if bm > 32 else 4, 4, 1), n, k, m),)
+    if x_as == "ints":
+        chunks = 4 if device.limits.max_shared >= 24 << 10 else 2
+        found = [_cut(_tiles(x_as, min(bm, 64), 64, 8 if bm > 32 else 4, 4, chunks), n, k, m)]
+    elif bm == 128:
+        shapes = ((128, 128, 64, 64, 1), (128, 64, 64, 32, 1), (64, 128, 64, 32, 1), (64, 128, 32, 64, 1),
+                  (64, 128, 64, 32, 2))  # fmt: skip
+        found = [_cut(_units(*shape), n, k, m) for shape in shapes]
+    else:
+        sm = min(bm, 32)
+        shapes = ((bm, 128, sm, 32, 2), (bm, 64, sm, 32, 1), (bm, 128, sm, 32, 1), (bm, 64, sm, 32, 2))
+        found = [_cut(_units(*shape), n, k, m) for shape in shapes]
+    twice = [replace(t, splits=2 * t.splits) for t in found[:3]]
+    return (*found, *(t for t in twice if _share(t, k) >= LEAST_TURNS and t.splits <= MOST_SHARES))
 
 
 def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
@@ -48,9 +77,15 @@ def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
     return Tiles("matmul", bm, bn, tuning, group=bn // tn)
 
 
-def _units(bm: int, sm: int, chunks: int) -> Tiles:
-    tuning = (("sm", sm), ("sn", 32), ("chunks", chunks), ("stages", 1))
-    return Tiles("matmul_units", bm, 128, tuning, group=16)
+def _units(bm: int, bn: int, sm: int, sn: int, chunks: int) -> Tiles:
+    tuning = (("sm", sm), ("sn", sn), ("chunks", chunks), ("stages", 1))
+    return Tiles("matmul_units", bm, bn, tuning, group=16)
+
+
+def _share(tiles: Tiles, k: int) -> int:
+    """Turns of a share of k; 0 where the shares are not whole turns."""
+    turns, rest = divmod(k // 32, tiles.splits * dict(tiles.tuning)["chunks"])
+    return 0 if rest else turns
 
 
 def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
@@ -73,8 +108,8 @@ def record(
     """Record the product of many rows. `consts` as the epilogue and the weight have them."""
     m = r.n_seqs if per_seq else r.n_rows
     n = consts["n"] * (2 if consts["act"] else 1)
-    x_as = _form(r, weight, exact)
-    tiles = choose(r.device, x_as, n, consts["k"], m)
+    x_as = form_of(r, weight, exact)
+    tiles = choose(r.device, x_as, weight.name, consts["act"], n, consts["k"], m)
     consts = {**consts, "per_seq": per_seq}
     rows: tuple[View, ...] = (
         x.halves(r) if x_as == "halves" else (x.bytes(r) if x_as == "ints" else x.floats(r),)
@@ -101,16 +136,16 @@ def record(
     r.add(kernel, (r.step, shares, *scale, *after), (-(-consts["n"] // 64), m), f"{kernel.name} {label}")
 
 
-def _has_units(device: Device) -> bool:
+def has_units(device: Device) -> bool:
     """Whether `matmul_units` runs there: it takes subgroups of 32 and some room."""
     has = {"subgroup_matrix", "f16"} <= device.features
     return has and device.subgroup_size == 32 and device.limits.max_shared >= 48 << 10
 
 
-def _form(r: Recorder, weight: QuantFormat, exact: bool) -> str:
+def form_of(r: Recorder, weight: QuantFormat, exact: bool) -> str:
     """How the product takes its activations: "halves" on matrix units, "ints", or "f32"."""
     if exact or not r.ints:
         return "f32"
-    if _has_units(r.device):
+    if has_units(r.device):
         return "halves"
     return "ints" if weight.is_quantised else "f32"

@@ -189,6 +189,7 @@ class Device:
         )
         self.allocated = 0  # bytes
         self.tuned: dict[str, Any] = {}  # variants of kernels that were measured: see `tuning.py`
+        self.tiles: dict[str, Any] = {}  # of products of many rows, measured: see `tiling.py`
         self.trace: Trace | None = None  # runs programs in the place of their own replay
         self._kernels: dict[tuple, Kernel] = {}
         self._new: list[Kernel] = []

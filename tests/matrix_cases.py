@@ -12,7 +12,7 @@ from realm_web.runtime.cpu_kernels import from_bytes, put_bytes, to_bytes
 from realm_web.step import NONE
 
 FLOATS = ("F32", "F16", "BF16")
-# A value at the middle between two bytes may go to either, a step of d apart; the largest of a chunk is 127 d.
+# A value at the middle between two bytes may go to either, a step of d apart; the largest is 127 d.
 STEP = 1.01 / 127
 
 
@@ -88,14 +88,16 @@ def quantise_cases() -> Iterator[Case]:
 
 
 def matvec_tensors(
-    fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int, x_as: str = "f32"
+    fmt: str, n: int, k: int, m: int, act: str, bias: bool, residual: bool, stride: int, x_as: str,
+    fmt2: str, n1: int,
 ):  # fmt: skip
     """What a product binds, and where its output is among that."""
 
     def tensors(rng):
         step = step_words([(0, m)], rng=rng)
         extra = [normal(rng, stride)] * bias
-        weight = packed(fmt, n * (2 if act else 1), k, rng)
+        weight = packed(fmt, n1 or n * (2 if act else 1), k, rng)
+        weight += packed(fmt2, n - n1, k, rng) if fmt2 else []
         x = normal(rng, m, k)
         if x_as == "ints":
             x = in_bytes(x)
@@ -104,7 +106,8 @@ def matvec_tensors(
             x = near_bytes(x, rng) / (norm[0] if norm else 1)
         return [step, x, *norm, *weight, *extra, normal(rng, m, stride)]
 
-    return tensors, 2 + (x_as == "norm") + FORMATS[fmt].n_bindings + bias
+    n_bindings = sum(FORMATS[name].n_bindings for name in (fmt, fmt2) if name)
+    return tensors, 2 + (x_as == "norm") + n_bindings + bias
 
 
 def in_bytes(x: np.ndarray) -> np.ndarray:
@@ -139,19 +142,21 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
              bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32",
-             out_as="f32"):  # fmt: skip
+             out_as="f32", fmt2="", n1=0):  # fmt: skip
         stride = activation_words(n) if out_as == "ints" else n + offset
-        tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as)
+        tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as, fmt2, n1)
         consts = {
-            "fmt": fmt, "k": k, "n": n, "act": act, "bias": bias, "residual": residual, "scale": scale,
-            "softcap": softcap, "out_stride": stride,
-            "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as, "lanes": lanes, "rows": rows,
-            "wg": wg, "m_tile": m_tile, "unroll": unroll, "subgroup": subgroup, "grid_x": fold, "st": ST,
+            "fmt": fmt, "fmt2": fmt2, "n1": n1, "k": k, "n": n, "act": act, "bias": bias,
+            "residual": residual, "scale": scale, "softcap": softcap, "out_stride": stride,
+            "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as,
+            "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile, "unroll": unroll,
+            "subgroup": subgroup, "grid_x": fold, "st": ST,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
             f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
             f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
+            f"{f' and {fmt2} from {n1}' * bool(fmt2)}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
         tolerance, dtype = (STEP, f"bytes of {n}") if out_as == "ints" else (FMA, "f32")
@@ -188,6 +193,9 @@ def matvec_cases() -> Iterator[Case]:
         yield case("Q4_K", lanes=8, subgroup=-1, rows=4, n=96, **bytes_of)
         yield case("Q4_0", lanes=4, subgroup=-1, rows=2, n=160, k=288, fold=2, **bytes_of)
         yield case("Q6_K", lanes=16, subgroup=-1, rows=8, n=64, **bytes_of)
+    mixed = {"lanes": 8, "rows": 2, "x_as": "norm", "bias": True, "n": 57}
+    yield case("Q4_K", fmt2="Q6_K", n1=32, subgroup=-1, k=768, **mixed)
+    yield case("Q5_0", fmt2="Q8_0", n1=16, k=288, unroll=2, fold=2, **mixed)
     yield case("Q4_0", lanes=16, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=32)
     yield case("Q5_0", lanes=32, rows=2, x_as="quantise", k=576, n=37, offset=8, wg=64, fold=2)
     yield case("Q6_K", lanes=64, rows=2, x_as="quantise", k=2304, n=9, wg=128, subgroup=-1)

@@ -39,6 +39,11 @@ class Linear:
 
     def record(self, r: Recorder, x: Tensor | Activations, out: Tensor, **options) -> None:
         x = Activations.of(x)
+        if len(self.weights) == 2 and not options:
+            (first, _), (second, _) = self.weights
+            if ops.goes_with(r, x, first, second):
+                ops.linear(r, x, first, out, bias=self.bias, second=second)
+                return
         for weight, offset in self.weights:
             ops.linear(r, x, weight, out, bias=self.bias, out_offset=offset, **options)
 

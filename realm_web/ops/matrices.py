@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from realm_web import grids
 from realm_web.ops import matmuls
@@ -51,6 +51,10 @@ class Shape:
     def __str__(self) -> str:
         made = " from float32" * self.own + " to bytes" * self.to_bytes
         return f"{self.fmt} {'2 x ' * self.act}{self.n} x {self.k}, {self.m_tile} rows{made}"
+
+    def beside(self, second: Weight) -> Shape:
+        """With the rows of a second weight after these."""
+        return replace(self, fmt=f"{self.fmt} and {second.fmt.name}", n=self.n + second.n)
 
     @property
     def fills_memory(self) -> bool:
@@ -126,11 +130,12 @@ def linear(
     per_seq: bool = False,
     exact: bool = False,
     to_bytes: bool = False,
+    second: Weight | None = None,
 ) -> None:
     """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows.
 
     `exact`: all in float32, where choices hang on the result. `to_bytes` (`makes_bytes` says if that can be):
-    out is rows of bytes.
+    out is rows of bytes. `second` (if `goes_with`) has the rows after those of weight, in another format.
     """
     m = r.n_seqs if per_seq else r.n_rows
     x = Activations.of(x)
@@ -151,6 +156,10 @@ def linear(
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
         shape = shape_of(r, x, weight, m, act, ints=ints, to_bytes=to_bytes)
+        if second is not None:
+            shape = shape.beside(second)
+            after = (*shard.parts, *second.shards[0].parts, *after[len(shard.parts) :])
+            consts["n"] = n = shape.n
         tuning = choose_matvec(r.device, shape, ints=ints)
         if shape.own:
             x_as, before = ("norm", (x.x, x.norm)) if x.norm else ("quantise", (x.x,))
@@ -158,14 +167,16 @@ def linear(
             x_as, before = ("ints", (x.bytes(r),)) if ints else ("f32", (x.floats(r),))
         grid, fold = tuning.grid(r.device, n, m)
         kernel = r.device.kernel(
-            "matvec", **consts, per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg,
-            m_tile=tuning.m_tile, unroll=tuning.unroll, subgroup=tuning.subgroup, grid_x=fold,
-            x_as=x_as, eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
+            "matvec", **consts, fmt2=second.fmt.name if second else "", n1=weight.n if second else 0,
+            per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg, m_tile=tuning.m_tile,
+            unroll=tuning.unroll, subgroup=tuning.subgroup, grid_x=fold, x_as=x_as,
+            eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
         )  # fmt: skip
-        nbytes = sum(part.nbytes for part in shard.parts)
+        label = f"{kernel.name} {weight.label}" + (f" and {second.label}" if second else "")
+        nbytes = sum(part.nbytes for part in shard.parts) + (second.nbytes if second else 0)
         r.add(
-            kernel, (r.step, *before, *after), grid, f"{kernel.name} {weight.label}", nbytes=nbytes,
-            flops=2 * m * shard.n_rows * weight.k,
+            kernel, (r.step, *before, *after), grid, label, nbytes=nbytes,
+            flops=2 * m * n * (2 if act else 1) * weight.k,
         )  # fmt: skip
 
 
@@ -188,6 +199,22 @@ def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
     return (
         r.ints and r.n_rows == 1 and weight.fmt.is_quantised and len(weight.shards) == 1 and n % 32 == 0
         and 8 <= r.device.subgroup_size <= 32 and r.device.limits.max_invocations >= 256
+    )  # fmt: skip
+
+
+def goes_with(r: Recorder, x: Activations, weight: Weight, second: Weight) -> bool:
+    """Whether one call can multiply a row with both: workgroups make it, and have rows of one weight each."""
+    weights = weight, second
+    if not r.ints or not all(
+        w.fmt.is_quantised and not w.fmt.has_table and len(w.shards) == 1 for w in weights
+    ):  # fmt: skip
+        return False
+    shape = shape_of(r, x, weight, r.n_rows, "").beside(second)
+    tuning = choose_matvec(r.device, shape, ints=True) if shape.own else None
+    bindings = 5 + weight.fmt.n_bindings + second.fmt.n_bindings
+    return (
+        tuning is not None and bindings <= r.device.limits.max_bindings
+        and weight.n % (tuning.wg // tuning.lanes * tuning.rows) == 0
     )  # fmt: skip
 
 

@@ -232,7 +232,11 @@ def matvec(c: dict, views: list[np.ndarray]) -> None:
     step = v.u32()
     m = int(step[st.N_SEQS if c.get("per_seq") else st.N_ROWS])
     x = activations(c, v, m)
-    y = v.weight(c["fmt"], n * (2 if c["act"] else 1), k).product(x)  # (m, n)
+    if fmt2 := c.get("fmt2"):
+        weights = v.weight(c["fmt"], c["n1"], k), v.weight(fmt2, n - c["n1"], k)
+        y = np.concatenate([weight.product(x) for weight in weights], axis=1)
+    else:
+        y = v.weight(c["fmt"], n * (2 if c["act"] else 1), k).product(x)  # (m, n)
     if c["act"]:
         y = ACTIVATIONS[c["act"]](y[:, :n], y[:, n:])
     columns = slice(c["out_offset"], c["out_offset"] + n)

@@ -78,7 +78,11 @@ def render(name: str, consts: dict[str, object]) -> Source:
     def weight_ints(variable: str, fmt: str, wg: int = 0) -> str:
         own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
         chunk = own.ints(variable, bind, wg) if has_table(fmt) else own.ints(variable, bind)
-        return "\n".join((ints.types(), chunk, ints.product(own.offset, own.halves, own.minimum)))
+        first = variable == "w"
+        product = ints.product(
+            "product" if first else f"{variable}_product", own.offset, own.halves, own.minimum
+        )
+        return "\n".join((ints.types() if first else "", chunk, product))
 
     def has_table(fmt: str) -> bool:
         return hasattr(environment.get_template(f"quant/{fmt.lower()}.wgsl").module, "table")

@@ -4,7 +4,8 @@
 // act "silu_mul", "gelu_mul": the epilogue's first value is w[n] . x (gate), its second w[n_total + n] . x (up).
 // x_as "quantise": each workgroup brings its row of x into 8 bits by itself; "norm": and norms it first, with `eps`
 // With out_as "ints" out is rows of lib/ints.wgsl: a workgroup then makes whole chunks of them, in subgroups of 8 or more.
-// constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
+// fmt2: the rows of weight from n1 on, a multiple of what a workgroup has, are of another format and bound after the others.
+// constants: fmt, fmt2, n1, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
 // x_as, eps, out_as ("f32", "ints"), st;
 // tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; unroll
 // chunks of each at a time; wg threads; subgroup size or 0
@@ -27,6 +28,7 @@
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("norm", "vec4<f32>") if x_as == "norm" }}
 {{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg) }}
+{{ weight_ints("v", fmt2, wg) if fmt2 }}
 # if out_as == "ints"
 {{ epilogue.keep(bind, act, bias, scale, softcap, out_offset, m_tile, groups * rows) }}
 {{ bind("out", "u32", "read_write") }}
@@ -53,9 +55,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   let lane = lid % {{ lanes }}u;
   let n0 = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + lid / {{ lanes }}u) * {{ rows }}u;
+  # macro rows_of(first, n)
   # for r in range(rows)
-  let chunk{{ r }} = min(n0 + {{ r }}u, {{ n - 1 }}u) * {{ chunks }}u;
+  let chunk{{ r }} = (min(n0 + {{ r }}u, {{ n - 1 }}u){{ " - %du" % first if first }}) * {{ chunks }}u;
   # endfor
+  # endmacro
+{{ rows_of(0, n) if not fmt2 }}
   # for a in range(n_acc)
   var acc{{ a }} = 0.0;
   # endfor
@@ -85,12 +90,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endfor
   }
   # else
-  # macro fetch(at, ragged)
+  # macro fetch(w, at, ragged)
     # for u in range(unroll)
     let c{{ u }} = {{ at }} + {{ u * lanes }}u;
     # for r in range(rows)
     # for part in range(parts)
-    let w{{ u }}_{{ r }}_{{ part }} = w_fetch(chunk{{ r }} + {{ part * n * chunks }}u + {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
+    let w{{ u }}_{{ r }}_{{ part }} = {{ w }}_fetch(chunk{{ r }} + {{ part * n * chunks }}u + {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
     # endfor
     # endfor
     # endfor
@@ -105,16 +110,17 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
     # endif
   # endmacro
-  # macro add(ragged)
+  # macro add(w, ragged)
+    # set product = "product" if w == "w" else w ~ "_product"
     # for u in range(unroll)
     # if m_tile == 1
 {{ activations(u, 0, ragged) }}
     # endif
     # for r in range(rows)
     # for part in range(parts)
-    let v{{ u }}_{{ r }}_{{ part }} = w_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
+    let v{{ u }}_{{ r }}_{{ part }} = {{ w }}_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
     # if m_tile == 1
-    acc{{ r * parts + part }} += product(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_0);
+    acc{{ r * parts + part }} += {{ product }}(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_0);
     # endif
     # endfor
     # endfor
@@ -123,7 +129,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
 {{ activations(u, m, ragged) }}
     # for r in range(rows)
     # for part in range(parts)
-    acc{{ (r * m_tile + m) * parts + part }} += product(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_{{ m }});
+    acc{{ (r * m_tile + m) * parts + part }} += {{ product }}(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_{{ m }});
     # endfor
     # endfor
     # endfor
@@ -135,11 +141,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # set row_at = "m0 * %du" % (k // 4)
   # set norm_name = "norm" if x_as == "norm" else ""
   # set once = quantise.batch_of(k, wg, norm_name) | int * wg >= k // 4
+  # macro sums_of(w)
   // the first weights are under way before the activations are made, and what those are made from is before them
   # if own and once
 {{ quantise.load("x", row_at, k, wg, subgroup, norm_name) }}
   # endif
-{{ fetch("lane", whole == 0) }}
+{{ fetch(w, "lane", whole == 0) }}
   # if has_table(fmt)
   w_prepare(lid);
   # endif
@@ -150,20 +157,32 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   workgroupBarrier();
   # endif
   {
-{{ add(whole == 0) }}
+{{ add(w, whole == 0) }}
   }
   # if whole > 1
   for (var c = lane + {{ span }}u; c < {{ whole * span }}u; c += {{ span }}u) {
-{{ fetch("c", false) }}
-{{ add(false) }}
+{{ fetch(w, "c", false) }}
+{{ add(w, false) }}
   }
   # endif
   # if whole and chunks % span
   {
     let c = lane + {{ whole * span }}u;
-{{ fetch("c", true) }}
-{{ add(true) }}
+{{ fetch(w, "c", true) }}
+{{ add(w, true) }}
   }
+  # endif
+  # endmacro
+  # if fmt2
+  if ((wid.x + wid.z * {{ grid_x }}u) * {{ groups * rows }}u < {{ n1 }}u) {
+{{ rows_of(0, n1) }}
+{{ sums_of("w") }}
+  } else {
+{{ rows_of(n1, n) }}
+{{ sums_of("v") }}
+  }
+  # else
+{{ sums_of("w") }}
   # endif
   # endif
   # if lanes == 1

@@ -60,9 +60,9 @@ fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
 }
 # endmacro
 
-# macro product(offset, halves, minimum)
+# macro product(name, offset, halves, minimum)
 # set low = ["w.s * %d.0" % offset if offset else "", "w.m" if minimum else ""] | select | join(" + ")
-fn product(w: Ints, x: Activations) -> f32 {
+fn {{ name }}(w: Ints, x: Activations) -> f32 {
 # if halves
   let sum = x.d * (w.s.x * f32(dot16(w.a, x.a)) + w.s.y * f32(dot16(w.b, x.b)));
   return sum{{ " - dot(%s, x.sums)" % low if low }};

@@ -143,6 +143,9 @@ def candidates(default: Matvec, shape: Shape, largest: int) -> tuple[Matvec, ...
     """The default, then what could be faster in workgroups of at most `largest` threads."""
     size = default.subgroup or 16
     found = [default]
+    if shape.m_tile == 8:
+        other = 4 if default.m_tile == 8 else 8
+        found.append(replace(default, m_tile=other))
     for wg in (256, 512) if shape.fills_memory or shape.to_bytes else (256,):
         for lanes in (size, 2 * size, 4 * size):
             for rows in (1, 2, 4):

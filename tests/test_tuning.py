@@ -61,7 +61,7 @@ def test_candidates_begin_with_the_default_and_are_all_different():
                 found = tuning.candidates(default, of, 512)
                 assert found[0] == default
                 assert len(set(found)) == len(found)
-                assert {v.m_tile for v in found} == {m}
+                assert {v.m_tile for v in found} <= ({1} if m == 1 else {4, 8})
                 assert all(v.wg % v.lanes == 0 for v in found)
                 assert all(v.wg // v.lanes * v.rows % 32 == 0 for v in found[1:] if of.to_bytes)
                 assert 2 <= len(found) <= 40

@@ -101,14 +101,18 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
     most = min(512, device.limits.max_invocations)
     subgroup = device.subgroup_size
     if shape.m_tile > 1:
-        if shape.act and shape.m_tile > 2:
-            return Matvec(size, 1, min(256, most), shape.m_tile, subgroup)
-        return Matvec(lanes, 2, max(lanes, min(256, most)), shape.m_tile, subgroup)
+        if shape.act:
+            return Matvec(size, 1, 128, shape.m_tile, subgroup)
+        if shape.m_tile > 2:  # of 8 rows 4 at a time: the caches still hold the weights for the others
+            return Matvec(size, 2, 256, 4, subgroup)
+        return Matvec(2 * size, 2, 256, shape.m_tile, subgroup)
     if shape.to_bytes:
         return Matvec(size, max(1, 32 * size // most), most, 1, subgroup)
     if not shape.fills_memory:
-        return Matvec(lanes, 1, max(lanes, min(256, most)), 1, subgroup)
-    if shape.own and shape.k < 1024:
+        return Matvec(lanes, 1, most, 1, subgroup)
+    if not shape.own:
+        return Matvec(lanes, 4, 256, 1, subgroup)
+    if shape.k < 1024:
         return Matvec(max(size // 2, 1), 1 + shape.act, min(128, most), 1, subgroup)
     if shape.k >= 8192:
         lanes = 4 * size

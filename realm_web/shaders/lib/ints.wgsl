@@ -61,14 +61,14 @@ fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
 # endmacro
 
 # macro product(name, offset, halves, minimum)
-# set low = ["w.s * %d.0" % offset if offset else "", "w.m" if minimum else ""] | select | join(" + ")
 fn {{ name }}(w: Ints, x: Activations) -> f32 {
 # if halves
-  let sum = x.d * (w.s.x * f32(dot16(w.a, x.a)) + w.s.y * f32(dot16(w.b, x.b)));
-  return sum{{ " - dot(%s, x.sums)" % low if low }};
+  let a = x.d * f32(dot16(w.a, x.a)){{ " - %d.0 * x.sums.x" % offset if offset }};
+  let b = x.d * f32(dot16(w.b, x.b)){{ " - %d.0 * x.sums.y" % offset if offset }};
+  return w.s.x * a + w.s.y * b{{ " - dot(w.m, x.sums)" if minimum }};
 # else
-  let sum = x.d * w.s.x * f32(dot16(w.a, x.a) + dot16(w.b, x.b));
-  return sum{{ " - (%s).x * x.total" % low if low }};
+  let sum = x.d * f32(dot16(w.a, x.a) + dot16(w.b, x.b)){{ " - %d.0 * x.total" % offset if offset }};
+  return w.s.x * sum{{ " - w.m.x * x.total" if minimum }};
 # endif
 }
 # endmacro

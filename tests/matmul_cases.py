@@ -113,12 +113,13 @@ def units_cases() -> Iterator[Case]:
         tolerance = FMA if fmt in ("F16", "BF16") else HALF  # the weights, too, become float16
         return Case(name, "matmul_units", consts, tensors, (3 + out,), grid, tolerance, ("subgroup_matrix",))
 
-    tiles = {"bm": 32, "bn": 64, "sm": 32, "sn": 32, "chunks": 1, "stages": 1, "splits": 1}
+    tiles = {"bm": 32, "bn": 64, "sm": 32, "sn": 32, "chunks": 1, "stages": 1, "splits": 1, "turned": 0}
     for fmt in FORMATS:
         yield case(fmt, 20, 70, 256, bias=True, residual=True, offset=6, **tiles)
     for fmt in ("Q4_K", "Q6_K", "F16"):
         yield case(fmt, 70, 70, 256, "silu_mul", bias=True, **tiles | {"bm": 64, "chunks": 2})
-        yield case(fmt, 32, 64, 512, **tiles | {"splits": 2, "stages": 2})
+        yield case(fmt, 32, 64, 512, **tiles | {"splits": 2, "stages": 2, "turned": 1})
+        yield case(fmt, 32, 128, 512, **tiles | {"splits": 2, "chunks": 2, "turned": 1})
         yield case(
             fmt, 20, 70, 256, "silu_mul", bias=True, residual=True, **tiles | {"chunks": 2, "stages": 2}
         )

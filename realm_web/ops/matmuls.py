@@ -64,11 +64,13 @@ def candidates(device: Device, x_as: str, n: int, k: int, m: int) -> tuple[Tiles
         shapes = ((128, 128, 64, 64, 1), (128, 64, 64, 32, 1), (64, 128, 64, 32, 1), (64, 128, 32, 64, 1),
                   (64, 128, 64, 32, 2))  # fmt: skip
         found = [_cut(_units(*shape), n, k, m) for shape in shapes]
+        found += [_cut(_units(*shape, turned=1), n, k, m) for shape in shapes[:3]]
     else:
         sm = min(bm, 32)
         shapes = ((bm, 128, sm, 32, 2), (bm, 64, sm, 32, 1), (bm, 128, sm, 32, 1), (bm, 64, sm, 32, 2))
         found = [_cut(_units(*shape), n, k, m) for shape in shapes]
-    twice = [replace(t, splits=2 * t.splits) for t in found[:3]]
+        found += [_cut(_units(*shape, turned=1), n, k, m) for shape in shapes[:3]]
+    twice = [replace(t, splits=2 * t.splits) for t in found[:2]]
     return (*found, *(t for t in twice if _share(t, k) >= LEAST_TURNS and t.splits <= MOST_SHARES))
 
 
@@ -77,8 +79,8 @@ def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
     return Tiles("matmul", bm, bn, tuning, group=bn // tn)
 
 
-def _units(bm: int, bn: int, sm: int, sn: int, chunks: int) -> Tiles:
-    tuning = (("sm", sm), ("sn", sn), ("chunks", chunks), ("stages", 1))
+def _units(bm: int, bn: int, sm: int, sn: int, chunks: int, turned: int = 0) -> Tiles:
+    tuning = (("sm", sm), ("sn", sn), ("chunks", chunks), ("stages", 1), ("turned", turned))
     return Tiles("matmul_units", bm, bn, tuning, group=16)
 
 

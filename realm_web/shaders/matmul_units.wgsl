@@ -7,7 +7,7 @@
 // splits > 1: out (splits, bm * grid y, bn * grid x) f32, the sums of each share of k, for matmul_sum
 // With act a tile's rows of weights are 16 gate rows, their 16 up rows, the next 16 gate rows...
 // constants: fmt, k, n, rows (of x at most), act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
-// tuning: bm, bn, sm, sn, chunks, stages (2: one turn's tiles are made while those before are used), splits
+// tuning: bm, bn, sm, sn, chunks, stages (2: one turn's tiles are made while those before are used), splits, turned (threads store in orders of their own)
 // grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/units.wgsl" as unit
@@ -66,6 +66,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   // the number of turns is not said before the kernel runs: drivers that know it unroll the loop until it fits no cache
   let share = {{ k // 32 }}u / n_wg.z;
   let begin = wid.z * share;
+  # if turned
+  // rows are 16 bytes times an odd number apart, so every eighth thread meets the same banks: these, and neighbours, store in
+  // orders of their own
+  let order = (((lid >> 3u) & 3u) << 2u) | (((lid / {{ chunks }}u) & 1u) << 1u);
+  # endif
   let last = begin + share - {{ chunks }}u;
   # for i in range(n_w)
   var code{{ i }} = w_code(w{{ i }} + begin);
@@ -79,11 +84,25 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   {{ "if (%s < %du) " % (t, bn * chunks) if (i + 1) * wg > bn * chunks }}{
     let v = w_as_f16(code{{ i }}, w{{ i }} + {{ c }});
     let at = {{ w_at }} + {{ t }} / {{ chunks }}u * {{ w_stride }}u + {{ t }} % {{ chunks }}u * 32u;
+    # if turned
+    # for e in range(8)
+    let p{{ e }} = select(v[{{ e }}], v[{{ e + 1 - e % 2 * 2 }}], (order & 4u) != 0u);
+    # endfor
+    # for e in range(8)
+    # set other = e + 2 if e % 4 < 2 else e - 2
+    let q{{ e }} = select(p{{ e }}, p{{ other }}, (order & 8u) != 0u);
+    let z{{ e }} = select(q{{ e }}, q{{ e }}.zwxy, (order & 2u) != 0u);
+    # for f in range(4)
+    ws[at + ({{ 4 * e + f }}u ^ order)] = z{{ e }}[{{ f }}];
+    # endfor
+    # endfor
+    # else
     # for e in range(8)
     # for f in range(4)
     ws[at + {{ 4 * e + f }}u] = v[{{ e }}][{{ f }}];
     # endfor
     # endfor
+    # endif
   }
   # endfor
   # for i in range(n_x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from realm_web import grids
@@ -152,7 +153,7 @@ def linear(
             "st": r.layout,
         }  # fmt: skip
         after = (*shard.parts, *([bias] if bias else []), out)
-        if m > MATVEC_ROWS and not r.device.info.is_cpu:
+        if m > _most_rows(r, weight, exact):
             matmuls.record(
                 r, x, weight.fmt, shard.parts, bias, out, consts,
                 label=weight.label, per_seq=per_seq, exact=exact,
@@ -182,6 +183,17 @@ def linear(
             kernel, (r.step, *before, *after), grid, label, nbytes=nbytes,
             flops=2 * m * n * (2 if act else 1) * weight.k,
         )  # fmt: skip
+
+
+def _most_rows(r: Recorder, weight: Weight, exact: bool) -> float:
+    """The most rows that `matvec` takes, rather than a kernel of tiles."""
+    if r.device.info.is_cpu:
+        return math.inf
+    if not weight.fmt.is_quantised and matmuls.form_of(r, weight.fmt, exact) == "halves":
+        return (
+            1  # matrix units take plain floats as they are; here each row of activations costs as much again
+        )
+    return MATVEC_ROWS
 
 
 def shape_of(

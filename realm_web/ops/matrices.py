@@ -14,8 +14,6 @@ from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
 
 MATVEC_ROWS = 8  # up to so many rows the matrix-vector kernel reads the weights once for all of them
-
-
 OWN_BYTES = 24 << 10  # of workgroup memory that a workgroup may use to make its own activations
 
 
@@ -190,9 +188,7 @@ def _most_rows(r: Recorder, weight: Weight, exact: bool) -> float:
     if r.device.info.is_cpu:
         return math.inf
     if not weight.fmt.is_quantised and matmuls.form_of(r, weight.fmt, exact) == "halves":
-        return (
-            1  # matrix units take plain floats as they are; here each row of activations costs as much again
-        )
+        return 1  # `matvec` reads float activations from far apart: each row costs as much again
     return MATVEC_ROWS
 
 

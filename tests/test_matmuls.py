@@ -76,3 +76,14 @@ def test_few_tiles_are_cut_along_k_and_many_are_not():
     assert matmuls.choose(device, "ints", "Q4_K", "", 4096, 14336, 16).splits > 1
     assert matmuls.choose(device, "ints", "Q4_K", "", 128256, 4096, 16).splits == 1
     assert matmuls.choose(device, "ints", "Q4_K", "", 4096, 14336, 2048).splits == 1
+
+
+def test_shares_of_k_fit_a_binding():
+    device = Hardware(48 << 10)
+    device.limits = replace(device.limits, max_binding=128 << 20)
+    many = matmuls.candidates(device, "halves", 28672, 4096, 512)[0]
+    device.tiles = {matmuls.tiles_key("halves", "Q4_K", "", 28672, 4096, 512): replace(many, splits=8)}
+    for m, splits in ((512, 2), (2048, 1)):
+        tiles = matmuls.choose(device, "halves", "Q4_K", "", 28672, 4096, m)
+        assert tiles.splits == splits
+        assert splits == 1 or tiles.shares_nbytes(28672, m) <= device.limits.max_binding

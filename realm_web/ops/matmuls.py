@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from realm_web.ops.activations import Activations
@@ -31,11 +32,21 @@ class Tiles:
     def constants(self) -> dict[str, Any]:
         return {"bm": self.bm, "bn": self.bn, **dict(self.tuning), "splits": self.splits}
 
+    def grid(self, n: int, m: int) -> tuple[int, int, int]:
+        return -(-n // self.bn), -(-m // self.bm), self.splits
+
+    def shares_nbytes(self, n: int, m: int) -> int:
+        """What the sums of all shares take, in whole tiles."""
+        return 4 * prod(self.grid(n, m)) * self.bn * self.bm
+
 
 def choose(device: Device, x_as: str, fmt: str, act: str, n: int, k: int, m: int) -> Tiles:
     """Tiles for m rows times n rows of k weights: measured ones (`tiling.py`), or those of an NVIDIA H200."""
     tuned = device.tiles.get(tiles_key(x_as, fmt, act, n, k, m))
-    return tuned or candidates(device, x_as, n, k, m)[0]
+    tiles = tuned or candidates(device, x_as, n, k, m)[0]
+    while tiles.splits > 1 and tiles.shares_nbytes(n, m) > device.limits.max_binding:
+        tiles = replace(tiles, splits=tiles.splits // 2)
+    return tiles
 
 
 def rows_class(m: int) -> int:
@@ -71,7 +82,14 @@ def candidates(device: Device, x_as: str, n: int, k: int, m: int) -> tuple[Tiles
         found = [_cut(_units(*shape), n, k, m) for shape in shapes]
         found += [_cut(_units(*shape, turned=1), n, k, m) for shape in shapes[:3]]
     twice = [replace(t, splits=2 * t.splits) for t in found[:2]]
-    return (*found, *(t for t in twice if _share(t, k) >= LEAST_TURNS and t.splits <= MOST_SHARES))
+    return (
+        *found,
+        *(
+            t
+            for t in twice
+            if _share(t, k) >= LEAST_TURNS and t.splits <= MOST_SHARES and prod(t.grid(n, m)) <= 4 * ENOUGH
+        ),
+    )
 
 
 def _tiles(x_as: str, bm: int, bn: int, tm: int, tn: int, chunks: int) -> Tiles:
@@ -120,7 +138,7 @@ def record(
     if x_as == "halves":
         consts["rows"] = m
     kernel = r.device.kernel(tiles.kernel, **consts, **tiles.constants())
-    grid = (-(-n // tiles.bn), -(-m // tiles.bm), tiles.splits)
+    grid = tiles.grid(n, m)
     after = (*([bias] if bias else []), out)
     work = {"nbytes": sum(part.nbytes for part in parts), "flops": 2 * m * n * consts["k"]}
     if tiles.splits == 1:

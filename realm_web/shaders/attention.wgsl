@@ -57,8 +57,7 @@ var<workgroup> qs: array<f32, {{ nq * head_dim }}>;
 var<workgroup> scores: array<f32, {{ nq * chunk }}>;
 var<workgroup> red: array<f32, {{ [nq * team, (nq + 1) * per] | max }}>;
 var<workgroup> keeps: array<f32, {{ nq }}>;
-var<workgroup> tops: array<f32, {{ nq }}>;
-var<workgroup> totals: array<f32, {{ nq }}>;
+var<workgroup> finals: array<vec4<f32>, {{ nq }}>;  // maximum, denominator; factors of the sums, of the own value
 var<workgroup> sums: array<f32, {{ [kept * nq * head_dim, partials] | max }}>;
 
 {{ pages.types(kv) }}
@@ -107,11 +106,15 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   if (low >= end) {
     return;
   }
-  let high = min(low + share, end);
+  let high = min(low + share, {{ "position" if fused else "end" }});
   # else
   let low = start;
-  let high = end;
+  let high = {{ "position" if fused else "end" }};
   # endif
+  # if fused
+  let own = {{ "low + share >= end" if splits > 1 else "true" }};  // has the row's own key, which is not read from the pages
+  # endif
+  let last = max(high, 1u) - 1u;
   let head0 = wid.y * {{ nq }}u;
   let kv_head = head0 / {{ group }}u;
   let lane = lid % {{ lanes }}u;
@@ -129,10 +132,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # macro load(name, first)
   {
-    let p = min({{ first }} + place * {{ batch }}u, high - 1u);
+    let p = min({{ first }} + place * {{ batch }}u, last);
     let page = page_of(p, table, kv_head);
     # for b in range(batch)
-    let t{{ b }} = min({{ first }} + place * {{ batch }}u + {{ b }}u, high - 1u) % {{ block_size }}u;
+    let t{{ b }} = min({{ first }} + place * {{ batch }}u + {{ b }}u, last) % {{ block_size }}u;
     # for j in range(upl)
     {{ name }}{{ b }}_{{ j }} = {{ name }}_raw(page, t{{ b }}, unit{{ j }});
     # endfor
@@ -220,7 +223,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # if fused
   // the row's own key and value go into the pages, from the workgroup of the last split and the first heads
-  let keeps_own = lid < {{ 2 * units }}u && high == end;
+  let keeps_own = lid < {{ 2 * units }}u && own;
   let of_v = lid / {{ units }}u;
   var scales: Scales;
   if (keeps_own) {
@@ -256,6 +259,35 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let member = lid % {{ team }}u;
   let mine = min(lid / {{ team }}u, {{ nq - 1 }}u);
   let in_team = lid < {{ nq * team }}u;
+  # if fused
+  var own_score = 0.0;
+  # for i in range(0, head_dim, team)
+  {{ "if (member < %du) {" % (head_dim - i) if i + team > head_dim else "{" }}
+    own_score += qs[mine * {{ head_dim }}u + {{ i }}u + member] * fresh[{{ i }}u + member];
+  }
+  # endfor
+  # if shuffle
+  # for mask in (1, 2, 4, 8, 16) if mask < team
+  own_score += subgroupShuffleXor(own_score, {{ mask }}u);
+  # endfor
+  # else
+  # if norm
+  workgroupBarrier();
+  # endif
+  if (in_team) {
+    red[lid] = own_score;
+  }
+  workgroupBarrier();
+  own_score = 0.0;
+  # for i in range(team)
+  own_score += red[mine * {{ team }}u + {{ i }}u];
+  # endfor
+  workgroupBarrier();
+  # endif
+  # if softcap
+  own_score = tanh(clamp(own_score / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+  # endif
+  # endif
   # if shuffle
   # set padded = (m + lanes - 1) // lanes * lanes if m >= lanes else (1 if m == 1 else (2 if m == 2 else (4 if m <= 4 else (8 if m <= 8 else (16 if m <= 16 else 32)))))
   # set ns = namespace(m=padded, mask=lanes // 2, slot="0u", owner="true")
@@ -271,17 +303,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let slot = {{ ns.slot }};  // which of the sums of its lanes a thread has in the end
   let owner = {{ ns.owner }};
   # endif
-  # macro decode(name, own)
+  # macro decode(name)
   # for b in range(batch)
   # for j in range(upl)
-  # if fused
-  var e{{ b }}_{{ j }} = decoded({{ name }}{{ b }}_{{ j }});
-  if (min(here + place * {{ batch }}u + {{ b }}u, high - 1u) == position) {
-    e{{ b }}_{{ j }} = fresh_unit({{ own }}u + 8u * unit{{ j }});
-  }
-  # else
   let e{{ b }}_{{ j }} = decoded({{ name }}{{ b }}_{{ j }});
-  # endif
   # endfor
   # endfor
   # endmacro
@@ -289,7 +314,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   for (var here = low; here < high; here += {{ chunk }}u) {
     let again = here + {{ chunk }}u < high;
     {
-      {{ decode("k", 0) }}
+      {{ decode("k") }}
       # for b in range(batch)
       # for n in range(nq)
       var s{{ b * nq + n }} = 0.0;
@@ -395,7 +420,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
     workgroupBarrier();
     {
-      {{ decode("v", head_dim) }}
+      {{ decode("v") }}
       # for n in range(nq)
       # for j in range(upl)
       acc{{ n }}_{{ j }}a *= keeps[{{ n }}];
@@ -421,25 +446,27 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # for mask in (1, 2, 4, 8, 16) if mask < team
   sum += subgroupShuffleXor(sum, {{ mask }}u);
   # endfor
-  if (in_team && member == 0u) {
-    totals[mine] = sum;
-    tops[mine] = top;
-  }
   # else
   workgroupBarrier();
   if (in_team) {
     red[lid] = sum;
   }
   workgroupBarrier();
-  if (in_team && member == 0u) {
-    sum = 0.0;
-    # for i in range(team)
-    sum += red[lid + {{ i }}u];
-    # endfor
-    totals[mine] = sum;
-    tops[mine] = top;
-  }
+  sum = 0.0;
+  # for i in range(team)
+  sum += red[mine * {{ team }}u + {{ i }}u];
+  # endfor
   # endif
+  if (in_team && member == 0u) {
+    # if fused
+    let highest = max(top, own_score);
+    let keep = select(1.0, exp(top - highest), own);
+    let weight = select(0.0, exp(own_score - highest), own);
+    finals[mine] = vec4<f32>(select(top, highest, own), sum * keep + weight, keep, weight);
+    # else
+    finals[mine] = vec4<f32>(top, sum, 1.0, 0.0);
+    # endif
+  }
   # if shuffle
   # set ns = namespace(mask=lanes)
   # for _ in range(6) if ns.mask < subgroup
@@ -482,21 +509,25 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # for other in range(1, kept)
     total += sums[{{ other * nq * head_dim }}u + i];
     # endfor
-    var weight = totals[n];
+    let final_n = finals[n];
+    # if fused
+    total = total * final_n.z + final_n.w * fresh[{{ head_dim }}u + i % {{ head_dim }}u];
+    # endif
     # if splits == 1
     # if sinks
-    let highest = max(tops[n], sinks[head0 + n]);
-    let keep = exp(tops[n] - highest);
-    total *= keep;
-    weight = weight * keep + exp(sinks[head0 + n] - highest);
+    let highest = max(final_n.x, sinks[head0 + n]);
+    let keep = exp(final_n.x - highest);
+    let weight = final_n.y * keep + exp(sinks[head0 + n] - highest);
+    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total * keep / weight;
+    # else
+    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total / final_n.y;
     # endif
-    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total / weight;
     # else
     let to = (({{ "seq" if rows == "single" else "row" }} * {{ n_heads }}u + head0 + n) * {{ splits }}u + wid.z) * {{ head_dim + 4 }}u;
     out[to + i % {{ head_dim }}u] = total;
     if (i % {{ head_dim }}u == 0u) {
-      out[to + {{ head_dim }}u] = tops[n];
-      out[to + {{ head_dim + 1 }}u] = weight;
+      out[to + {{ head_dim }}u] = final_n.x;
+      out[to + {{ head_dim + 1 }}u] = final_n.y;
     }
     # endif
   }

@@ -12,7 +12,7 @@ from realm_web.tensor import Tensor
 CONTEXTS = (256, 2048, 16384)  # a program is made for contexts of so many tokens at most, or of all
 UNSPLIT = 256  # tokens of context that one workgroup takes rather than have parts merged
 MAX_SPLITS = 64
-BUSY = 32  # workgroups from which on splits take more than the least
+BUSY = 16  # workgroups from which on splits take more than the least
 LEAST_SHARE, MOST_SHARE = 64, 1024  # tokens of a split
 TILE_SHARE = 128  # and of one of tiles
 TILE_WORKGROUPS = 256  # that tiles are split into, if there are fewer
@@ -116,12 +116,16 @@ def _rows(
 ) -> None:
     """Attention by rows, their contexts split where they may be long."""
     n_heads, single = consts["n_heads"], consts["rows"] == "single"
-    shape = row_shape(r.device, n_heads // consts["n_kv"], consts["head_dim"])
     n, grid_rows = (r.n_seqs, _max_tiles(r)) if single else (r.n_rows, r.n_rows)
-    share = LEAST_SHARE
+    span = _span(r, consts)
+    few = 0 if r.device.info.is_cpu or span > CONTEXTS[1] else 16 if span > UNSPLIT else 32  # workgroups
+    most = n * n_heads // few if few else n_heads
+    shape = row_shape(r.device, n_heads // consts["n_kv"], consts["head_dim"], most)
+    chunk = shape["batch"] * shape["wg"] // shape["lanes"]
+    share = max(LEAST_SHARE, min(chunk, shape["wg"] // 2) // consts["block_size"] * consts["block_size"])
     while share < MOST_SHARE and share * BUSY < LEAST_SHARE * n * n_heads // shape["nq"]:
         share *= 2
-    splits = min(MAX_SPLITS, -(-_span(r, consts) // share))
+    splits = min(MAX_SPLITS, -(-span // share))
     grid = (grid_rows, n_heads // shape["nq"])
     _whole(r, "attention", (*given, pages.k, pages.v), out, sinks, consts | shape, grid, splits, share, n, 1)
 
@@ -167,14 +171,19 @@ def _span(r: Recorder, consts: dict[str, Any]) -> int:
     return 1 if span <= UNSPLIT or r.device.info.is_cpu else span
 
 
-def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
-    """The variant of `attention`: query heads, threads and keys at a time, by registers and memory."""
+def row_shape(device: Device, group: int, head_dim: int, most: int = 8) -> dict[str, int]:
+    """The variant of `attention`: query heads, threads and keys at a time, by registers and memory.
+
+    At most `most` query heads: fewer than share their keys where there are few workgroups otherwise.
+    """
     subgroup = device.subgroup_size
     lanes = min(1 << (head_dim // 8).bit_length() - 1, 32)
     if subgroup < lanes:
         lanes = min(lanes, subgroup if subgroup >= 4 else max(4, head_dim // 32))
-    batch, wg = (2, 64) if device.info.is_cpu or not subgroup else (8, 256)
+    batch, wg = (2, 64) if device.info.is_cpu or not subgroup else (8, 128)
     nq = min(8, max(1, 64 * lanes // head_dim))
+    if most < min(nq, group):
+        nq, wg = max(1, most), 256 if wg == 128 and head_dim >= 128 else wg
     while True:
         nq = divisor(group, nq)
         places = wg // lanes
@@ -190,11 +199,12 @@ def row_shape(device: Device, group: int, head_dim: int) -> dict[str, int]:
 
 def tile_shape(device: Device, head_dim: int) -> dict[str, int]:
     """The variant of `attention_tiles`: tm * mr queries, tn * nr keys, values of `keys` keys at a time."""
-    mr = 4 if head_dim <= 128 else 2 if head_dim <= 256 else 1
     keys = 16 if head_dim <= 128 else 8 if head_dim <= 256 else 4
     if device.limits.max_shared < 32768 or device.info.is_cpu:
+        mr = 4 if head_dim <= 128 else 2 if head_dim <= 256 else 1
         return {"tm": 8, "tn": 8, "mr": mr, "nr": 4, "keys": max(4, keys // 2)}
-    return {"tm": 16, "tn": 8, "mr": mr, "nr": 8 if device.limits.max_shared >= 40960 else 4, "keys": keys}
+    tm, mr = (8, 4) if head_dim <= 128 else (16, 1)
+    return {"tm": tm, "tn": 16, "mr": mr, "nr": 4, "keys": keys}
 
 
 def divisor(n: int, most: int) -> int:

@@ -40,6 +40,9 @@ from realm_web.tokenizer import StopMatcher, Tokenizer
 from realm_web.tuning import Store, user_store
 
 MAX_DEPTH = 16
+# At most, and to begin with: numpy runs a step when it is submitted, so there is nothing to overlap; in a
+# page a result comes back some 4 ms late from a busy GPU, so that two steps would wait for it.
+STEPS_IN_FLIGHT = {"cpu": (1, 1), "browser": (MAX_DEPTH, 8)}
 MOST_RECOVERIES = 3  # of a lost device without one token in between
 Sink = Callable[[Chunk | BaseException], None]
 
@@ -80,8 +83,7 @@ class Engine:
             BlockPool(runner.n_blocks, BLOCK_SIZE), max_seqs=runner.max_seqs, max_rows=runner.max_rows,
             max_context=runner.context, prefix_cache=runner.prefix_cache, tenant_weights=tenant_weights or {},
         )  # fmt: skip
-        # steps in flight; numpy runs a step when it is submitted, so there is nothing to overlap
-        self.pacing = Pacing(1 if runner.device.kind == "cpu" else MAX_DEPTH)
+        self.pacing = Pacing(*STEPS_IN_FLIGHT.get(runner.device.kind, (MAX_DEPTH, 2)))
         self._answers: dict[str, Answer] = {}
         self._names = itertools.count()
         self._n_in_flight = 0
@@ -406,24 +408,39 @@ class Engine:
     def _draw_held(self) -> bool:
         """Draw the held batch's tokens, if every mask can be told by now."""
         held = self._held
-        masks = {}
+        wanted: dict[int, Answer] = {}  # by slot
         for seq, request in zip(held.batch.seqs, held.requests, strict=True):
             answer = self._answers.get(request.id)
             if answer is None or answer.matcher is None or not seq.samples:
                 continue
             if request.n_pending > 1:  # tokens before the one to draw that are not known yet
                 return False
-            try:
-                masks[seq.slot] = self._mask(answer)
-            except RequestError as error:  # too complex, or a dead end: only this answer suffers
-                self._fail(answer, error)
+            wanted[seq.slot] = answer
         self._held = None
-        self._expect(self.runner.draw(held.bucket, masks), held.batch, held.bucket)
+        self._expect(self.runner.draw(held.bucket, self._masks(wanted)), held.batch, held.bucket)
         return True
 
-    def _mask(self, answer: Answer) -> bytes:
-        """The tokens that the grammar allows next; before min_tokens none that ends, if others are left."""
-        mask = answer.matcher.mask()
+    def _masks(self, wanted: Mapping[int, Answer]) -> dict[int, bytes]:
+        """The mask of each slot, computed together; one that cannot be told ends only its own answer."""
+        size = 4 * -(-self.config.n_vocab // 32)
+        rows = bytearray(size * len(wanted))
+        try:
+            self._grammars.fill([(answer.matcher, i) for i, answer in enumerate(wanted.values())], rows)
+        except RequestError:  # which of them it is shows when they are asked one by one
+            masks = {}
+            for slot, answer in wanted.items():
+                try:
+                    masks[slot] = self._mask(answer, answer.matcher.mask())
+                except RequestError as error:
+                    self._fail(answer, error)
+            return masks
+        return {
+            slot: self._mask(answer, bytes(rows[size * i : size * (i + 1)]))
+            for i, (slot, answer) in enumerate(wanted.items())
+        }
+
+    def _mask(self, answer: Answer, mask: bytes) -> bytes:
+        """What the grammar allows next; before min_tokens none that ends, if others are left."""
         if answer.n_tokens < answer.request.params.min_tokens:
             left = _without(mask, answer.request.stop_ids)
             return left if any(left) else mask

@@ -50,7 +50,8 @@ def random_walk(tokenizer: Tokenizer, matcher: Matcher, seed: int, n_free: int) 
             token = ends[0]
         else:
             texts = {tokenizer.token_bytes(token): token for token in ids}
-            token = chance.choice([texts[text] for text in closing if text in texts] or ids)
+            likely = closing if chance.random() < 0.5 else [b'"', b"b", b"."]
+            token = chance.choice([texts[text] for text in likely if text in texts] or ids)
         assert matcher.accept(token)
         yield token
         if token in tokenizer.eog_ids:

@@ -55,9 +55,9 @@ def half_rows_cases() -> Iterator[Case]:
     ):  # fmt: skip
 
         def tensors(rng, k=k, norm=norm, gather=gather):
-            x = normal(rng, 6, k) * 10.0 ** rng.integers(-30, 30, (6, 1)).astype(np.float32)
-            if norm:
-                x = x * np.float32(1e-12)  # squares are sums of float32
+            # with a norm squares must be float32; and no value below 1e-38, where its bits run out
+            low, high = (-36, 18) if norm else (-30, 30)
+            x = normal(rng, 6, k) * 10.0 ** rng.integers(low, high, (6, 1)).astype(np.float32)
             x[1] = 0
             step = step_words([(0, 3), (3, 1), (9, 1)], rng=rng)
             if gather:

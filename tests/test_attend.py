@@ -176,7 +176,11 @@ def test_variants_keep_to_the_memory_of_a_workgroup(subgroup, max_shared, is_cpu
         qt = query_tile(device, group, head_dim)
         assert qt * nq <= tile["tm"] * tile["mr"] and tile["tn"] * tile["nr"] % tile["keys"] == 0
         consts = {**common, **tile, "skip": False, "qt": qt, "nq": nq, "splits": 4, "share": 64}
-        assert workgroup_bytes("attention_tiles", consts | {"subgroup": subgroup}) <= max_shared, (head_dim, group, tile)
+        assert workgroup_bytes("attention_tiles", consts | {"subgroup": subgroup}) <= max_shared, (
+            head_dim,
+            group,
+            tile,
+        )
 
 
 def workgroup_bytes(kernel: str, consts: dict) -> int:

@@ -21,7 +21,7 @@ class Shape:
 
 GPU = Shape(wg=256, slice=1024, top_slice=4096, workgroups=512)
 SOFTWARE = Shape(wg=64, slice=2048, top_slice=2048, workgroups=16)
-LISTED = 4096  # tokens of one sequence that the filters decide on one by one without another pass over all
+LISTED = 4064  # tokens of one sequence that the filters decide on one by one without another pass over all
 BINS = 512
 LOGPROB_WORDS = 41  # log-probability of the token, 20 ids, 20 log-probabilities
 

@@ -23,7 +23,7 @@ from realm_web.engine import Engine
 from realm_web.errors import RealmError, RequestError
 from realm_web.sampler import SamplingParams
 
-OPEN_OPTIONS = ("context", "kv_tokens", "max_seqs", "kv_type")
+OPEN_OPTIONS = ("context", "kv_tokens", "kv_type", "max_seqs", "max_rows")
 
 
 class JsSource:

@@ -106,6 +106,7 @@ export class Realm {
    * @param {number | "max"} [options.kv_tokens] tokens of all answers at a time; default: as many as context
    * @param {"f16" | "f32" | "q8_0"} [options.kv_type] how they are kept; q8_0 takes half the memory of f16, the default
    * @param {number} [options.max_seqs] answers written at a time, more wait; default 8
+   * @param {number} [options.max_rows] tokens of a prompt that one step takes; default 512
    * @param {boolean} [options.keep] copy a File into the browser's store, to be loaded by its name later
    * @param {number} [options.size] the length that a URL's file must have, if known
    * @returns {Promise<Realm>}

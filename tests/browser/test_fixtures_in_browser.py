@@ -15,7 +15,8 @@ from realm_web.cli.web import build_site
 N_TOKENS = 6
 GENERATE = """async ([file, prompts, options]) => {
     const { Realm } = await import('./realm.js');
-    const realm = await Realm.load(`models/${file}`);
+    // few programs: compiling them on the processor would take most of the time
+    const realm = await Realm.load(`models/${file}`, { context: 64, max_seqs: 1, max_rows: 8 });
     const answers = [];
     for (const prompt of prompts) {
         let text = '';

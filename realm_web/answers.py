@@ -5,6 +5,7 @@ Knows text, time and log-probabilities; knows neither the scheduler's decisions 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Answer:
     sink: Callable[[Chunk | BaseException], None]
     index: int = 0
     matcher: Matcher | None = None
+    deadline: asyncio.TimerHandle | None = None
     values: MutableSequence[float] = ()  # scores by position, or the pooled hidden state
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0

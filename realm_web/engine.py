@@ -256,7 +256,8 @@ class Engine:
         ]  # fmt: skip
         self._add(answers)
         if timeout is not None:
-            asyncio.get_running_loop().call_later(timeout, self._expire, answers)
+            for answer in answers:
+                answer.deadline = asyncio.get_running_loop().call_later(timeout, self._expire, answer)
         return answers
 
     def stop(self, answers: Sequence[Answer]) -> None:
@@ -364,11 +365,10 @@ class Engine:
             self.pacing.pause()
         self._fill()
 
-    def _expire(self, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            if self._forget(answer):
-                self.scheduler.finish(answer.request.id, "timeout")
-                answer.sink(answer.last_chunk(answer.rest(), (), "timeout"))
+    def _expire(self, answer: Answer) -> None:
+        if self._forget(answer):
+            self.scheduler.finish(answer.request.id, "timeout")
+            answer.sink(answer.last_chunk(answer.rest(), (), "timeout"))
         self._fill()
 
     # ---- steps
@@ -609,6 +609,8 @@ class Engine:
             return False
         if answer.matcher is not None:
             answer.matcher.close()
+        if answer.deadline is not None:
+            answer.deadline.cancel()
         return True
 
 

@@ -127,14 +127,14 @@ class _Clock:
     NAMES = (
         ("scheduler", "schedule"),
         ("scheduler", "update"),
-        ("engine", "_deliver"),
+        ("stepper", "_deliver"),
         ("runner", "_write_step"),
     )
 
     def __init__(self, engine: Engine):
         self.spent, self.steps = 0.0, 0
         self._restore = []
-        owners = {"engine": engine, "scheduler": engine.scheduler, "runner": engine.runner}
+        owners = {"stepper": engine.stepper, "scheduler": engine.scheduler, "runner": engine.runner}
         depth = 0
 
         def timed(function, counts):

@@ -65,7 +65,7 @@ def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole_one(tiny_path, device)
 def test_steps_in_flight_change_nothing(tiny_path, device):
     def at(depth):
         async def work(engine):
-            engine.pacing = Pacing(depth, depth)
+            engine.stepper.pacing = Pacing(depth, depth)
             return [(await answer(engine, PROMPT[:9], temperature=t, seed=5))[0] for t in (0, 1.5)]
 
         return work

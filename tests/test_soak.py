@@ -72,7 +72,7 @@ def test_nothing_is_lost_and_nothing_leaks(tmp_path, kv_tokens, n_requests):
         await asyncio.gather(*(client() for _ in range(AT_ONCE)))
         engine.scheduler.check_integrity()
         stats = engine.scheduler.stats
-        assert not engine.scheduler.has_work and not engine._answers
+        assert not engine.scheduler.has_work and not engine.stepper.answers
         assert stats.n_blocks_free == engine.scheduler.pool.n_blocks
         # a request that stayed behind would leave ten objects; by the third quarter all programs are made
         assert n_objects[3] < n_objects[2] + n_requests, f"objects after each quarter: {n_objects}"

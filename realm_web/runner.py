@@ -136,9 +136,8 @@ class Runner:
         self._draws: dict[Bucket, Program] = {}  # the second programs of those `apart`
         self._buckets: dict[tuple, Bucket] = {}
         self._asking: list[Request] = []
-        self._asked: tuple[
-            bool, ...
-        ] = ()  # what those ask of a program: the fields of Bucket from `sample` on
+        # what those ask of a program: the fields of Bucket from `sample` on
+        self._asked: tuple[bool, ...] = ()
         self._last: Batch | None = None  # what the step buffer holds, before the device advanced it
         self.n_writes = 0  # of the step buffer
 
@@ -222,9 +221,8 @@ class Runner:
         """What program this batch needs."""
         longest = max(seq.kv_len for seq in batch.seqs)
         n_rows = _bucket_for(batch.n_rows)
-        decode = all(seq.n_rows == 1 for seq in batch.seqs)
         context = next(n for n in self._contexts if longest <= n)
-        if not decode and n_rows > MATVEC_ROWS:  # the buckets that are compiled already
+        if not batch.is_decode and n_rows > MATVEC_ROWS:  # the buckets that are compiled already
             n_rows = next(b for b in self._prefill_buckets if b >= n_rows)
             if len(batch.seqs) == 1 and context > self._contexts[0]:
                 context = self.context
@@ -233,7 +231,7 @@ class Runner:
             sample = any(request.task == "generate" for request in requests)
             self._asking = list(requests)
             self._asked = (sample, *(name in wanted for name in FEATURES))
-        key = n_rows, _bucket_for(len(batch.seqs)), context, decode, *self._asked
+        key = n_rows, _bucket_for(len(batch.seqs)), context, batch.is_decode, *self._asked
         if key not in self._buckets:
             self._buckets[key] = Bucket(*key)
         return self._buckets[key]

@@ -2,21 +2,7 @@
 # import "quant/lib_crumbs.wgsl" as crumb
 # set offset, halves, minimum = 1, false, none
 # macro ints(w, bind)
-{{ bind(w ~ "_q", "vec2<u32>") }}
-{{ bind(w ~ "_s", "u32") }}
-
-struct {{ w }}_Raw {
-  q: vec2<u32>,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c / 2u]);
-}
-
-fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  return Ints({{ crumb.sixteen("raw.q", 0) }}, {{ crumb.sixteen("raw.q", 1) }}, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
-}
+{{ crumb.one_scale(w, bind, 2) }}
 # endmacro
 
 # macro repack(bind)

@@ -4,15 +4,17 @@ import asyncio
 import time
 
 import pytest
+from probe import greedy, run_engine
 from tiny import write_tiny
 
-from realm_web.engine import Engine
 from realm_web.errors import DeviceError
 from realm_web.runtime import profiler
 from realm_web.runtime.adapters import open_device
-from realm_web.sampler import SamplingParams
 
 DEVICES = ["cpu", "webgpu"]
+
+
+PROMPT = [3, 1, 4]
 
 
 @pytest.fixture(scope="module")
@@ -20,30 +22,14 @@ def tiny_path(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", context=512, seed=3).path
 
 
-async def tokens(engine: Engine, n: int) -> list[int]:
-    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    return [token async for chunk in engine.generate([3, 1, 4], params) for token in chunk.token_ids]
-
-
-def run(tiny_path, device, work):
-    async def main():
-        engine = await Engine.open(tiny_path, device=device, max_seqs=2)
-        try:
-            return await work(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(main())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_step_of_a_program_is_timed(tiny_path, device):
     async def work(engine):
-        await tokens(engine, 4)
+        await greedy(engine, PROMPT, 4)
         program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
         return program, await engine.device.time_program(program, runs=3)
 
-    program, seconds = run(tiny_path, device, work)
+    program, seconds = run_engine(tiny_path, device, work)
     assert len(seconds) == len(program.steps)
     assert all(0 <= s < 1 for s in seconds) and sum(seconds) > 0
 
@@ -51,25 +37,25 @@ def test_every_step_of_a_program_is_timed(tiny_path, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_whole_program_is_timed_as_one(tiny_path, device):
     async def work(engine):
-        await tokens(engine, 4)
+        await greedy(engine, PROMPT, 4)
         program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
         time_program = engine.device.time_program
         return await time_program(program, whole=True), await time_program(program)
 
-    (whole,), each = run(tiny_path, device, work)
+    (whole,), each = run_engine(tiny_path, device, work)
     assert max(each) < whole < 100 * sum(each)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_time_of_the_host_is_split_into_submitting_and_handing_on(tiny_path, device):
     async def work(engine):
-        plain = await tokens(engine, 12)
+        plain = await greedy(engine, PROMPT, 12)
         times = engine.device.trace = profiler.HostTime()
         start = time.perf_counter()
-        assert await tokens(engine, 12) == plain
+        assert await greedy(engine, PROMPT, 12) == plain
         return times, time.perf_counter() - start
 
-    times, seconds = run(tiny_path, device, work)
+    times, seconds = run_engine(tiny_path, device, work)
     assert times.n_steps >= 12 and times.last is not None
     assert times.submitting > 0 and times.handing_on > 0
     assert times.submitting + times.handing_on < seconds
@@ -79,13 +65,13 @@ def test_the_time_of_the_host_is_split_into_submitting_and_handing_on(tiny_path,
 @pytest.mark.parametrize("timestamps", [True, False])
 def test_a_profile_counts_every_step_once(tiny_path, device, timestamps):
     async def work(engine):
-        await tokens(engine, 4)
+        await greedy(engine, PROMPT, 4)
         if not timestamps:
             engine.device.features -= {"timestamps"}
         program = next(p for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay)
         return program, await profiler.profile(engine.device, program, runs=2)
 
-    program, times = run(tiny_path, device, work)
+    program, times = run_engine(tiny_path, device, work)
     assert sum(kind.count for kind in times) == len(program.steps)
     assert any("blk.*." in kind.label for kind in times)
     table = profiler.lines("decode", times)
@@ -95,9 +81,9 @@ def test_a_profile_counts_every_step_once(tiny_path, device, timestamps):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_trace_writes_a_table_and_leaves_the_answer_as_it_is(tiny_path, device, monkeypatch, capsys):
     n = profiler.WARM_UP + profiler.TIMED_RUNS + 8
-    plain = run(tiny_path, device, lambda engine: tokens(engine, n))
+    plain = run_engine(tiny_path, device, lambda engine: greedy(engine, PROMPT, n))
     monkeypatch.setenv("REALM_DEBUG", "2")
-    assert run(tiny_path, device, lambda engine: tokens(engine, n)) == plain
+    assert run_engine(tiny_path, device, lambda engine: greedy(engine, PROMPT, n)) == plain
     written = capsys.readouterr().err
     assert "us each" in written and "sum" in written and "blk.*.ffn_down" in written
 

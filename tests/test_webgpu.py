@@ -3,14 +3,16 @@
 import asyncio
 
 import pytest
+from probe import greedy, run_engine
 from tiny import write_tiny
 
-from realm_web.engine import Engine
 from realm_web.errors import DeviceLost, OutOfDeviceMemory
 from realm_web.runtime.adapters import list_adapters, open_device
-from realm_web.sampler import SamplingParams
 
 pytest.importorskip("wgpu", reason="wgpu is not installed")
+
+
+PROMPT = [3, 1, 4]
 
 
 @pytest.fixture(scope="module")
@@ -18,28 +20,12 @@ def tiny_path(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", context=512, seed=3).path
 
 
-async def tokens(engine: Engine, n: int) -> list[int]:
-    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-    return [token async for chunk in engine.generate([3, 1, 4], params) for token in chunk.token_ids]
-
-
-def run(tiny_path, device, work):
-    async def main():
-        engine = await Engine.open(tiny_path, device=device, max_seqs=2)
-        try:
-            return await work(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(main())
-
-
 def test_command_buffers_are_encoded_ahead_for_what_runs_again_and_dropped_in_the_end(tiny_path):
     from realm_web.runtime.webgpu_replay import AHEAD
 
     async def work(engine):
-        first = await tokens(engine, 24)
-        assert await tokens(engine, 24) == first
+        first = await greedy(engine, PROMPT, 24)
+        assert await greedy(engine, PROMPT, 24) == first
         decode = next(
             p.replay for bucket, p in engine.runner._programs.items() if bucket.n_rows == 1 and p.replay
         )
@@ -49,7 +35,7 @@ def test_command_buffers_are_encoded_ahead_for_what_runs_again_and_dropped_in_th
         assert decode.n_ordered == AHEAD and prompt.n_ordered == 0
         return engine.device.backend._ahead, decode
 
-    ahead, decode = run(tiny_path, "webgpu", work)
+    ahead, decode = run_engine(tiny_path, "webgpu", work)
     assert decode.n_ordered == 0 and decode.ready.empty() and ahead._threads == []
 
 
@@ -68,7 +54,7 @@ def test_the_stock_of_the_least_recently_used_program_is_dropped(tiny_path):
             replays.append(program.replay)
         return [replay.n_ordered for replay in replays]
 
-    assert run(tiny_path, "webgpu", work) == [0] + [AHEAD] * HOT
+    assert run_engine(tiny_path, "webgpu", work) == [0] + [AHEAD] * HOT
 
 
 def counted(device, n: int):

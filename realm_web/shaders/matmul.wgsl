@@ -8,7 +8,8 @@
 // With act a tile's columns are `across` gate rows, their up rows, the next `across` gate rows... (across = bn / tn)
 // constants: fmt, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;
 // tuning: x_as, bm, bn, tm, tn, chunks, stages (2: one turn's tiles are made while those before are used), splits
-// grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(n_rows / bm), splits)
+// grid: (ceil(n / bn) or ceil(2n / bn) with act, ceil(rows / bm), splits); tiles behind the last of n_rows end at once, and of
+// one that holds no more than half of bm rows only that half is multiplied
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/ints.wgsl" as int
 # import "quant/" ~ fmt | lower ~ ".wgsl" as own
@@ -21,6 +22,7 @@
 # set x_items = chunks if ints else 8 * chunks
 # set n_x = (bm * x_items + wg - 1) // wg
 # set ahead = own.ints is defined
+# set parts = 2 if tm >= 8 else 1
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if ints else "vec4<f32>") }}
 {{ weight_ints("w", fmt) if ints else weight("w", fmt) }}
@@ -68,6 +70,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
     return;
   }
   let last_row = step[{{ count }}] - 1u;
+  # if parts == 2
+  let both = last_row - m0 >= {{ bm // 2 }}u;
+  # endif
   // 32 neighbouring threads make a block of 8 x 4 threads' sums, so that they read few different rows
   # if across % 8 == 0 and down % 4 == 0
   let tx = lid % 8u + lid / 32u % {{ across // 8 }}u * 8u;
@@ -186,7 +191,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
       let low{{ j }} = wm[cc * {{ stages * bn }}u + own_tx + {{ j * across }}u];
       # endif
       # endfor
-      # for i in range(tm)
+      # for part in range(parts)
+      {{ "if (both) " if part }}{
+      # for i in range(part * tm // parts, (part + 1) * tm // parts)
       {
         let a = xs[(own_ty + {{ i * down }}u) * {{ stride }}u + cc * 2u];
         let b = xs[(own_ty + {{ i * down }}u) * {{ stride }}u + cc * 2u + 1u];
@@ -208,18 +215,24 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
         # endfor
       }
       # endfor
+      }
+      # endfor
     }
     # else
     for (var k4 = 0u; k4 < {{ 8 * chunks }}u; k4++) {
       # for j in range(tn)
       let w{{ j }} = ws[place(own_tx + {{ j * across }}u, k4)];
       # endfor
-      # for i in range(tm)
+      # for part in range(parts)
+      {{ "if (both) " if part }}{
+      # for i in range(part * tm // parts, (part + 1) * tm // parts)
       {
         let v = xs[place(own_ty + {{ i * down }}u, k4)];
         # for j in range(tn)
         sum{{ i }}_{{ j }} += dot(w{{ j }}, v);
         # endfor
+      }
+      # endfor
       }
       # endfor
     }

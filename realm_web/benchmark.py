@@ -130,14 +130,14 @@ async def measure(
 ) -> Report:
     """Run the whole plan on an open engine of plan.context, plan.max_seqs and plan.tokens."""
     bandwidth = await profiler.measure_bandwidth(engine.device)
-    bench = _Bench(engine, plan)
+    bench = Bench(engine, plan)
     rates: dict[str, Rate] = {}
     for depth in plan.depths:
         prefix = bench.prompt(depth)
         for test, n_prompt, n_generate in (("pp", plan.n_prompt, 1), ("tg", 1, plan.n_generate)):
             on_message(_name(test, max(n_prompt, n_generate), depth))
             answers = await bench.repeat(prefix, n_prompt, n_generate)
-            get = _prompt_rate if test == "pp" else _generation_rate
+            get = prompt_rate if test == "pp" else generation_rate
             rates[_name(test, max(n_prompt, n_generate), depth)] = Rate(tuple(map(get, answers)))
     first = await bench.repeat([], plan.short_prompt, 2)
     for n in plan.batches:
@@ -157,7 +157,9 @@ async def measure(
     )
 
 
-class _Bench:
+class Bench:
+    """The single tests, on prompts of random tokens."""
+
     def __init__(self, engine: Engine, plan: Plan):
         self._engine, self._plan = engine, plan
         self._draw = random.Random(SEED)
@@ -222,13 +224,14 @@ def _params(n_generate: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=n_generate, ignore_eos=True)
 
 
-def _prompt_rate(last: Chunk) -> float:
-    """Of the tokens that were not in the prefix cache."""
+def prompt_rate(last: Chunk) -> float:
+    """Tokens per second of the tokens that were not in the prefix cache."""
     n = last.usage.prompt_tokens - last.usage.cached_tokens
     return 1e3 * n / last.timings.time_to_first_token_ms
 
 
-def _generation_rate(last: Chunk) -> float:
+def generation_rate(last: Chunk) -> float:
+    """Tokens per second after the first."""
     return last.timings.predicted_per_second
 
 

@@ -1,6 +1,6 @@
 """Measure a model inside a page's worker (bench/page.js), with the very tests of `realm bench`.
 
-Natively it measures what needs no model, for comparison: `python bench/page_bench.py formats Q4_K,Q6_K`.
+Natively it measures what needs no model, for comparison: `python bench/page_bench.py Q4_K,Q6_K`.
 """
 
 from __future__ import annotations

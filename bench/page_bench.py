@@ -169,8 +169,9 @@ async def format_rate(device: Device, name: str, n: int = ROWS, k: int = LENGTH)
             for offset in range(0, view.nbytes, len(noise)):
                 data = noise[: min(len(noise), view.nbytes - offset)]
                 device.write(view.buffer, data, view.offset + offset)
-    made = Tensor.alloc(device, (activation_words(k),), "f32", "activations")
-    device.write(made.buffer, array("I", range(activation_words(k))).tobytes())
+    n_words = activation_words(k) if fmt.is_quantised else k
+    made = Tensor.alloc(device, (1, n_words), "f32", "activations")
+    device.write(made.buffer, array("I", range(n_words)).tobytes())
     out = Tensor.alloc(device, (1, n), "f32", "out")
     view = device.view(step)
     r = Recorder(
@@ -178,7 +179,8 @@ async def format_rate(device: Device, name: str, n: int = ROWS, k: int = LENGTH)
         exact=False,
     )  # fmt: skip
     for weight in weights:
-        linear(r, Activations.made(made, 1, k), weight, out)
+        x = Activations.made(made, 1, k) if fmt.is_quantised else Activations(made)
+        linear(r, x, weight, out)
     await device.compile()
     seconds = await _seconds(device, r.program) / len(weights)
     for buffer in (step, made.buffer, out.buffer, *(w.shards[0].parts[0].buffer for w in weights)):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from kernel_cases import FMA, HALF, ST, Case, normal, packed, step_words
+from matrix_cases import STEP
 
 from realm_web.quants import FORMATS, activation_words
 from realm_web.runtime.cpu_kernels import put_bytes, to_bytes
@@ -134,24 +135,47 @@ def quantised(x: np.ndarray) -> np.ndarray:
 
 
 def sum_cases() -> Iterator[Case]:
-    m, n, m_pad, stride = 5, 70, 16, 192
-    for act, scaled, splits in (("", False, 2), ("silu_mul", True, 3)):
+    m, m_pad, wide = 5, 16, activation_words
 
-        def tensors(rng, scaled=scaled, splits=splits):
+    def case(n, act, splits, *, scaled=False, ints=False, norm=False, width=1, offset=0, wg=64):
+        stride = -(-n * (2 if act else 1) // 64) * 64
+        out_stride = wide(n) if ints else n + offset
+        epilogue = {"bias": True, "residual": not ints, "scale": 0.5, "softcap": 3.0}
+        if ints or norm:  # the bytes of values that no softcap has brought to the middle between two
+            epilogue |= {"softcap": 0.0, "scale": 1.0}
+
+        def tensors(rng):
             step = step_words([(0, 2), (2, 3)], rng=rng)
             rows = [2.0 ** rng.integers(-3, 3, m).astype(np.float32)] * scaled
-            return [
-                step,
-                normal(rng, splits, m_pad, stride),
-                *rows,
-                normal(rng, n + 2),
-                normal(rng, m, n + 2),
-            ]
+            bias = normal(rng, n + offset)
+            out = np.zeros((m + 1, out_stride), np.uint32) if ints else normal(rng, m + 1, out_stride)
+            made = [normal(rng, n), np.zeros((m + 1, wide(n)), np.uint32)] * norm
+            return [step, normal(rng, splits, m_pad, stride), *rows, bias, out, *made]
 
         consts = {
-            "n": n, "act": act, "bias": True, "residual": True, "scale": 0.5, "softcap": 3.0,
-            "out_stride": n + 2, "out_offset": 2, "per_seq": False, "st": ST, "splits": splits,
-            "m_pad": m_pad, "stride": stride, "group": 16, "scaled": scaled,
+            "n": n, "act": act, **epilogue, "out_stride": out_stride, "out_offset": offset, "per_seq": False,
+            "st": ST, "splits": splits, "m_pad": m_pad, "stride": stride, "group": 16, "scaled": scaled,
+            "ints": ints, "norm": norm, "eps": 1e-5 if norm else 0.0, "width": width, "wg": wg,
+            "subgroup": -1 if ints or norm else 0,
         }  # fmt: skip
-        name = f"matmul_sum {splits}{' ' * bool(act) + act}{' scaled' * scaled}"
-        yield Case(name, "matmul_sum", consts, tensors, (3 + scaled,), (2, m), FMA)
+        name = f"matmul_sum {n} of {splits}{' ' * bool(act) + act}{' scaled' * scaled} by {width}"
+        out, chunks = 3 + scaled, ints or norm
+        grid, needs = (1 if norm else -(-n // (width * wg)), m + 1), ("subgroups",) * chunks
+        if not ints:
+            yield Case(
+                name + " normed" * norm, "matmul_sum", consts, tensors, (out,), grid, FMA, needs, -chunks
+            )
+        if chunks:
+            out += 2 * norm
+            yield Case(
+                f"{name} to bytes{' normed' * norm}", "matmul_sum", consts, tensors, (out,), grid, STEP,
+                needs, subgroup=-1, dtype=f"bytes of {n}",
+            )  # fmt: skip
+
+    yield from case(70, "", 2, offset=2)
+    yield from case(70, "silu_mul", 3, scaled=True, offset=2)
+    yield from case(72, "", 2, scaled=True, offset=4, width=4)
+    yield from case(272, "gelu_mul", 3, width=4)
+    yield from case(288, "silu_mul", 2, ints=True, width=4)
+    yield from case(320, "", 2, norm=True, width=4)
+    yield from case(64, "", 8, norm=True, width=4, scaled=True)

@@ -34,10 +34,19 @@ class Experts:
     gate_up: tuple[ExpertMatrices, ...]  # one of both, or where their formats differ one of each
     down: ExpertMatrices
 
+    @property
+    def input(self) -> Linear | None:
+        """None: the router takes floats."""
+        return None
+
     def record(
-        self, r: Recorder, x: Activations, out: Tensor, *, act: str, residual: bool, scale: float
+        self, r: Recorder, x: Activations, out: Tensor, *, act: str, residual: bool, scale: float,
+        then: Activations | None = None,
     ) -> None:  # fmt: skip
-        """out = scale * what the chosen experts make of each row, weighted and summed; += with residual."""
+        """out = scale * what the chosen experts make of each row, weighted and summed; += with residual.
+
+        `then`, the activations to be made of out, is left for who takes them.
+        """
         c, down = self.config, self.down
         logits = r.scratch("router", r.n_rows, c.n_experts)
         routes = r.scratch("routes", r.n_rows, c.n_used, 2)

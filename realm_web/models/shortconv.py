@@ -26,6 +26,10 @@ class ShortConv:
     conv: Tensor  # (dim, l_cache)
     output: Linear
 
+    @property
+    def input(self) -> Linear:
+        return self.in_proj
+
     def record(self, r: Recorder, x: Activations, state: State) -> Tensor:
         dim = self.conv.shape[0]
         bcx = r.scratch("bcx", r.n_rows, 3 * dim)

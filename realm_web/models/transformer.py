@@ -47,6 +47,9 @@ class Linear:
         for weight, offset in self.weights:
             ops.linear(r, x, weight, out, bias=self.bias, out_offset=offset, **options)
 
+    def takes_bytes(self, r: Recorder) -> bool:
+        return all(ops.takes_bytes(r, weight) for weight, _ in self.weights)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -55,12 +58,20 @@ class Attention:
     sinks: Tensor | None
     output: Linear
 
+    @property
+    def input(self) -> Linear:
+        return self.qkv
+
 
 @dataclass(frozen=True)
 class FeedForward:
     gate_up: Linear
     fused_act: bool  # gate and up are one weight and have no bias: the product itself applies act(gate) * up
     down: Linear
+
+    @property
+    def input(self) -> Linear:
+        return self.gate_up
 
     def record(self, r: Recorder, x: Activations, out: Tensor, *, act: str, **options) -> None:
         n, k = r.n_rows, self.gate_up.n // 2
@@ -79,9 +90,8 @@ class FeedForward:
         self.down.record(r, Activations(hidden, name="hidden"), out, **options)
 
     def _takes_bytes(self, r: Recorder, act: str) -> bool:
-        weights = [weight for weight, _ in self.down.weights]
         (gate_up, _), *_ = self.gate_up.weights
-        return all(weight.fmt.is_quantised for weight in weights) and ops.makes_bytes(r, gate_up, act)
+        return self.down.takes_bytes(r) and ops.makes_bytes(r, gate_up, act)
 
 
 @dataclass(frozen=True)
@@ -160,15 +170,19 @@ class Transformer:
         c = self.config
         x = r.scratch("x", r.n_rows, c.dim)
         ops.embed(r, self.token_embd, x, c.embedding_scale)
-        for layer, kind, kept in zip(self.layers, c.layers, memory, strict=True):
-            normed = self._normed(layer.attn_norm, x)
+        normed = None
+        for i, (layer, kind, kept) in enumerate(zip(self.layers, c.layers, memory, strict=True)):
+            normed = normed or self._normed(r, layer.attn_norm, x, layer.mixer)
             if isinstance(layer.mixer, ShortConv):
                 mixed = layer.mixer.record(r, normed, kept)
             else:
                 mixed = self._record_attention(r, layer.mixer, kind, normed, kept, ropes[kind.rope])
-            self._add(r, partial(layer.mixer.output.record, r, mixed), layer.attn_post_norm, x)
-            normed = self._normed(layer.ffn_norm, x)
-            self._add(r, partial(layer.ffn.record, r, normed, act=c.arch.act), layer.ffn_post_norm, x)
+            normed = self._normed(r, layer.ffn_norm, x, layer.ffn)
+            self._add(r, partial(layer.mixer.output.record, r, mixed), layer.attn_post_norm, x, normed)
+            record = partial(layer.ffn.record, r, normed, act=c.arch.act)
+            after = self.layers[i + 1] if i + 1 < c.n_layers else None
+            normed = self._normed(r, after.attn_norm, x, after.mixer) if after else None
+            self._add(r, record, layer.ffn_post_norm, x, normed)
         return x
 
     def record_logits(self, r: Recorder, x: Tensor) -> Tensor:
@@ -209,16 +223,25 @@ class Transformer:
         )  # fmt: skip
         return attended
 
-    def _normed(self, weight: Tensor | None, x: Tensor) -> Activations:
-        return Activations(x, weight, self.config.norm_eps, name="normed")
+    def _normed(
+        self, r: Recorder, weight: Tensor | None, x: Tensor,
+        part: Attention | ShortConv | FeedForward | Experts,
+    ) -> Activations:  # fmt: skip
+        """What this part of a layer makes of x."""
+        as_bytes = part.input is not None and part.input.takes_bytes(r)
+        return Activations(x, weight, self.config.norm_eps, name="normed", as_bytes=as_bytes)
 
     def _add(
-        self, r: Recorder, record: Callable[..., None], post_norm: Tensor | None, x: Tensor
+        self, r: Recorder, record: Callable[..., None], post_norm: Tensor | None, x: Tensor,
+        then: Activations | None,
     ) -> None:  # fmt: skip
-        """x += scale * what `record` records, normed first where there is a post norm."""
+        """x += scale * what `record` records, normed first where there is a post norm.
+
+        `then`: what is to be made of x next.
+        """
         c = self.config
         if post_norm is None:
-            record(x, residual=True, scale=c.residual_scale)
+            record(x, residual=True, scale=c.residual_scale, then=then)
             return
         added = r.scratch("added", *x.shape)
         record(added, residual=False, scale=c.residual_scale)

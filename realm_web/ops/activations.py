@@ -17,13 +17,14 @@ class Activations:
     """Rows of x, (n, k), normed with the weights `norm` if there are any.
 
     `gather`: those of the last norm, from which tokens are drawn, one for each sequence. `name` is of the
-    scratch memory.
+    scratch memory. `as_bytes`: who takes them takes bytes, so what makes x may make those too.
     """
 
     def __init__(
-        self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, *, name: str = "", gather: bool = False
+        self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, *,
+        name: str = "", gather: bool = False, as_bytes: bool = False,
     ):  # fmt: skip
-        self.x, self.norm, self.eps, self.gather = x, norm, eps, gather
+        self.x, self.norm, self.eps, self.gather, self.as_bytes = x, norm, eps, gather, as_bytes
         self._name = name or "activations"
         self._floats: Tensor | None = None if norm else x
         self._bytes: Tensor | None = None
@@ -59,11 +60,16 @@ class Activations:
     def bytes(self, r: Recorder) -> Tensor:
         """n rows of `activation_words(k)`."""
         if self._bytes is None:
-            self._bytes = r.scratch(f"{self._name} in bytes", self._n(r), activation_words(self.k))
+            self._bytes = self._bytes_of(r)
             if self.norm and self._floats is None:
                 rmsnorm(r, self.x, self.norm, self._bytes, self.eps, gather=self.gather, ints=True)
             else:
                 self._quantise(r, self.floats(r), self._bytes)
+        return self._bytes
+
+    def to_fill(self, r: Recorder) -> Tensor:
+        """Where what makes x puts the bytes too: from then on they are there."""
+        self._bytes = self._bytes_of(r)
         return self._bytes
 
     def halves(self, r: Recorder) -> tuple[Tensor, Tensor]:
@@ -83,15 +89,18 @@ class Activations:
             self._halves = y, scale
         return self._halves
 
+    def _bytes_of(self, r: Recorder) -> Tensor:
+        return r.scratch(f"{self._name} in bytes", self._n(r), activation_words(self.k))
+
     def _n(self, r: Recorder) -> int:
         return r.n_seqs if self.gather else self.x.shape[0]
 
     def _quantise(self, r: Recorder, x: Tensor, out: Tensor) -> None:
         n = self._n(r)
         subgroup = r.device.subgroup_size if r.device.subgroup_size <= 64 else 0
+        wg, items = (128, 1) if subgroup >= 8 else (64, 8)
         kernel = r.device.kernel(
-            "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather,
-            subgroup=subgroup, st=r.layout,
+            "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather, wg=wg,
+            items=items, subgroup=subgroup, st=r.layout,
         )  # fmt: skip
-        threads = self.k // (4 if subgroup >= 8 else 32)
-        r.add(kernel, (r.step, x, out), (-(-threads // 64), n), f"quantise {self._name}")
+        r.add(kernel, (r.step, x, out), (-(-self.k // (4 * wg * items)), n), f"quantise {self._name}")

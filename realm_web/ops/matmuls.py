@@ -9,9 +9,10 @@ from typing import Any
 
 from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
+from realm_web.ops.rows import row_threads
 from realm_web.quants import QuantFormat
 from realm_web.runtime.device import Device, View
-from realm_web.tensor import Tensor
+from realm_web.tensor import Tensor, Weight
 
 ENOUGH = 512  # workgroups that fill a large GPU
 MOST_SHARES = 8
@@ -123,9 +124,14 @@ def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
 
 def record(
     r: Recorder, x: Activations, weight: QuantFormat, parts: Sequence[View], bias: Tensor | None, out: Tensor,
-    consts: dict[str, Any], *, label: str, per_seq: bool, exact: bool,
+    consts: dict[str, Any], *, label: str, per_seq: bool, exact: bool, to_bytes: bool = False,
+    then: Activations | None = None,
 ) -> None:  # fmt: skip
-    """Record the product of many rows. `consts` as the epilogue and the weight have them."""
+    """Record the product of many rows. `consts` as the epilogue and the weight have them.
+
+    `to_bytes` (if it `sums_shares`): out is rows of bytes. `then`: the activations to be made of out, filled
+    where that takes no pass of its own.
+    """
     m = r.n_seqs if per_seq else r.n_rows
     n = consts["n"] * (2 if consts["act"] else 1)
     x_as = form_of(r, weight, exact)
@@ -149,11 +155,42 @@ def record(
     r.add(kernel, (r.step, *rows, *parts, shares), grid, f"{kernel.name} {label}", **work)
     for of_weight in ("fmt", "k", "rows"):
         consts.pop(of_weight, None)
+    consts |= {"splits": tiles.splits, "m_pad": m_pad, "stride": stride, "group": tiles.group}
+    _sum(r, consts, (r.step, shares, *scale, *after), m, label, bool(scale), to_bytes, then)
+
+
+def _sum(
+    r: Recorder, consts: dict[str, Any], views: tuple[View, ...], m: int, label: str, scaled: bool,
+    to_bytes: bool, then: Activations | None,
+) -> None:  # fmt: skip
+    """Record the pass that sums the shares, and makes activations of what comes out."""
+    n, width = consts["n"], 4
+    if n % 4 or consts["out_stride"] % 4 or consts["out_offset"] % 4:
+        width = 1
+    row_is_whole = n == consts["out_stride"] and whole_chunks(r.device, n)
+    if then is not None and not (then.as_bytes and then.norm and row_is_whole):
+        then = None
+    wg = row_threads(r.device, n) if then else 64
     kernel = r.device.kernel(
-        "matmul_sum", **consts, splits=tiles.splits, m_pad=m_pad, stride=stride, group=tiles.group,
-        scaled=bool(scale),
+        "matmul_sum", **consts, scaled=scaled, ints=to_bytes, norm=then is not None,
+        eps=then.eps if then else 0.0, width=width, wg=wg,
+        subgroup=r.device.subgroup_size if then or to_bytes else 0,
     )  # fmt: skip
-    r.add(kernel, (r.step, shares, *scale, *after), (-(-consts["n"] // 64), m), f"{kernel.name} {label}")
+    made = (then.norm, then.to_fill(r)) if then else ()
+    grid = (1 if then else -(-n // (width * wg)), m)
+    r.add(kernel, (*views, *made), grid, f"{kernel.name} {label}{' and norm' * bool(then)}")
+
+
+def sums_shares(r: Recorder, weight: Weight, act: str) -> bool:
+    """Whether the product with this weight, in one piece, ends with a pass over shares of k."""
+    n = weight.shards[0].n_rows
+    x_as = form_of(r, weight.fmt, False)
+    return choose(r.device, x_as, weight.fmt.name, act, n, weight.k, r.n_rows).splits > 1
+
+
+def whole_chunks(device: Device, n: int) -> bool:
+    """Whether neighbouring threads can bring rows of n values into bytes."""
+    return n % 32 == 0 and 8 <= device.subgroup_size <= 64
 
 
 def has_units(device: Device) -> bool:

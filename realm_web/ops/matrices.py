@@ -134,11 +134,13 @@ def linear(
     exact: bool = False,
     to_bytes: bool = False,
     second: Weight | None = None,
+    then: Activations | None = None,
 ) -> None:
     """out[:, out_offset:] = epilogue(x @ weight.T), or += with residual. act: gate rows, then up rows.
 
     `exact`: all in float32, where choices hang on the result. `to_bytes` (`makes_bytes` says if that can be):
     out is rows of bytes. `second` (if `goes_with`) has the rows after those of weight, in another format.
+    `then`: the activations to be made of out; they may be made at once.
     """
     m = r.n_seqs if per_seq else r.n_rows
     x = Activations.of(x)
@@ -154,7 +156,7 @@ def linear(
         if m > _most_rows(r, weight, exact):
             matmuls.record(
                 r, x, weight.fmt, shard.parts, bias, out, consts,
-                label=weight.label, per_seq=per_seq, exact=exact,
+                label=weight.label, per_seq=per_seq, exact=exact, to_bytes=to_bytes, then=then,
             )  # fmt: skip
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
@@ -205,13 +207,26 @@ def shape_of(
 def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
     """Whether the product with this weight can bring what it makes into bytes: whole chunks in a workgroup.
 
-    Of one row only: for more, workgroups that large are slower than a kernel of its own.
+    Of one row, or where a pass sums the shares of many: for a few rows, workgroups that large are slower than
+    a kernel of its own.
     """
     n = weight.shards[0].n_rows // (2 if act else 1)
+    if not (r.ints and weight.fmt.is_quantised and len(weight.shards) == 1):
+        return False
+    if r.n_rows > _most_rows(r, weight, exact=False):
+        return matmuls.whole_chunks(r.device, n) and matmuls.sums_shares(r, weight, act)
     return (
-        r.ints and r.n_rows == 1 and weight.fmt.is_quantised and len(weight.shards) == 1 and n % 32 == 0
-        and 8 <= r.device.subgroup_size <= 32 and r.device.limits.max_invocations >= 256
+        r.n_rows == 1 and n % 32 == 0 and 8 <= r.device.subgroup_size <= 32
+        and r.device.limits.max_invocations >= 256
     )  # fmt: skip
+
+
+def takes_bytes(r: Recorder, weight: Weight) -> bool:
+    """Whether the product of a pass's rows with this weight takes them as bytes."""
+    if not (r.ints and weight.fmt.is_quantised):
+        return False
+    few = r.n_rows <= _most_rows(r, weight, exact=False)
+    return few or matmuls.form_of(r, weight.fmt, exact=False) == "ints"
 
 
 def goes_with(r: Recorder, x: Activations, weight: Weight, second: Weight) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from realm_web.ops.recorder import Recorder
-from realm_web.runtime.device import View
+from realm_web.runtime.device import Device, View
 from realm_web.tensor import Tensor, Weight
 
 
@@ -33,6 +33,13 @@ def embed(r: Recorder, weight: Weight, out: Tensor, scale: float = 1.0) -> None:
         )
 
 
+def row_threads(device: Device, dim: int) -> int:
+    """Threads of a workgroup that has a row to itself: a vector of 4 for each, if there may be so many."""
+    if device.info.is_cpu:
+        return 64
+    return max(64, min(1 << (dim // 4 - 1).bit_length(), 1024, device.limits.max_invocations))
+
+
 def rmsnorm(
     r: Recorder, x: Tensor, weight: Tensor, out: Tensor, eps: float, *,
     gather: bool = False, residual: bool = False, ints: bool = False,
@@ -41,11 +48,10 @@ def rmsnorm(
 
     With `ints` out's rows are bytes and scales, `activation_words(dim)` of them.
     """
-    wg = 64 if r.device.info.is_cpu else 256
+    dim = x.shape[-1]
     kernel = r.device.kernel(
-        "rmsnorm", dim=x.shape[-1], eps=eps, gather=gather, residual=residual, ints=ints, wg=wg,
-        subgroup=r.device.subgroup_size,
-        st=r.layout,
+        "rmsnorm", dim=dim, eps=eps, gather=gather, residual=residual, ints=ints,
+        wg=row_threads(r.device, dim), subgroup=r.device.subgroup_size, st=r.layout,
     )  # fmt: skip
     r.add(kernel, (r.step, x, weight, out), (r.n_seqs if gather else r.n_rows,))
 

@@ -13,9 +13,11 @@ from realm_web.runtime.cpu_kernels import (
     Twin,
     Views,
     from_bytes,
+    put_bytes,
     records_of,
     rms_factor,
     softcapped,
+    to_bytes,
 )
 
 WEIGHTS_TIMES = np.float32(64)  # what matmul_units multiplies its weights with
@@ -74,7 +76,14 @@ def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
     y = parts[:, :m].sum(axis=0)[:, columns]
     if c["scaled"]:
         y = y * v.f32()[:m, None]
-    _store(c, v, y)
+    if c["ints"]:
+        y = _epilogue(c, v, y)
+        put_bytes(v.u32(-1, activation_words(c["n"])), slice(m), *to_bytes(y))
+        return
+    y = _store(c, v, y)
+    if c["norm"]:
+        weight, rows = v.f32(c["n"]), v.u32(-1, activation_words(c["n"]))
+        put_bytes(rows, slice(m), *to_bytes(y * weight), rms_factor(y, c["eps"]))
 
 
 TWINS: dict[str, Twin] = {twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_sum)}
@@ -113,16 +122,19 @@ def _store_shares(c: dict[str, Any], v: Views, x: np.ndarray, weight: np.ndarray
         out[s, : len(x), _columns(c, group)] = (x[:, here] @ weight[:, here].T).T
 
 
-def _store(c: dict[str, Any], v: Views, y: np.ndarray) -> None:
-    """The epilogue of y (m, n) or (m, 2n), and its place in the output."""
+def _store(c: dict[str, Any], v: Views, y: np.ndarray) -> np.ndarray:
+    """The epilogue of y (m, n) or (m, 2n), and its place in the output, which is returned."""
+    y = _epilogue(c, v, y)
+    out = v.f32(-1, c["out_stride"])[: len(y), c["out_offset"] : c["out_offset"] + c["n"]]
+    out[...] = out + y if c["residual"] else y
+    return out
+
+
+def _epilogue(c: dict[str, Any], v: Views, y: np.ndarray) -> np.ndarray:
     n = c["n"]
     if c["act"]:
         y = ACTIVATIONS[c["act"]](y[:, :n], y[:, n:])
-    columns = slice(c["out_offset"], c["out_offset"] + n)
     if c["bias"]:
-        y = y + v.f32()[columns]
+        y = y + v.f32()[c["out_offset"] : c["out_offset"] + n]
     y = y * np.float32(c["scale"])
-    if c["softcap"]:
-        y = softcapped(y, c["softcap"])
-    out = v.f32(-1, c["out_stride"])[: len(y), columns]
-    out[...] = out + y if c["residual"] else y
+    return softcapped(y, c["softcap"]) if c["softcap"] else y

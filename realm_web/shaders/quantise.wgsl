@@ -1,9 +1,10 @@
-// Rows of float32 to activations of 8 bits (lib/ints.wgsl): a thread per vector of 4 where subgroups are 8 or larger, else per
-// chunk of 32.
+// Rows of float32 to activations of 8 bits (lib/ints.wgsl): a thread takes `items` vectors of 4 where subgroups are 8 or
+// larger, else a chunk of 32. No load waits for another: a row that is not there is read all the same, and not written.
 // step;  x (n_rows * times, k) f32;  out (n_rows * times) rows of lib/ints.wgsl
-// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), subgroup, st
-// grid: (ceil(threads of a row / 64), rows, 1)
+// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), wg, items, subgroup, st
+// grid: (ceil(threads of a row / wg), rows, 1)
 # import "lib/quantise.wgsl" as quantise
+# set quads = k // 4
 {{ "enable subgroups;" if subgroup >= 8 }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
@@ -11,26 +12,33 @@
 
 {{ quantise.functions() }}
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  if (wid.y >= step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]{{ " * %du" % times if times > 1 }}) {
-    return;
-  }
-  let i = wid.x * 64u + lid;
+  let live = wid.y < step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]{{ " * %du" % times if times > 1 }};
+  let base = wid.y * {{ quads }}u;
   let to = wid.y * {{ 3 * k // 8 }}u;
   # set target = {"name": "out", "to": "to", "k": k}
   # if subgroup >= 8
-  let v = x[wid.y * {{ k // 4 }}u + min(i, {{ k // 4 - 1 }}u)];
+  # for t in range(items)
+  let i{{ t }} = wid.x * {{ wg * items }}u + lid + {{ t * wg }}u;
+  let x{{ t }} = x[base + min(i{{ t }}, {{ quads - 1 }}u)];
+  # endfor
+  # for t in range(items)
+  {
+    let v = x{{ t }};
 {{ quantise.chunk_of_lanes() }}
-  if (i < {{ k // 4 }}u) {
-{{ quantise.put_lane(target, "i", "") }}
+    if (live && i{{ t }} < {{ quads }}u) {
+{{ quantise.put_lane(target, "i%d" % t, "") }}
+    }
   }
+  # endfor
   # else
-  if (i >= {{ k // 32 }}u) {
+  let i = wid.x * {{ wg }}u + lid;
+  if (!live || i >= {{ k // 32 }}u) {
     return;
   }
   # for j in range(8)
-  let v{{ j }} = x[wid.y * {{ k // 4 }}u + i * 8u + {{ j }}u];
+  let v{{ j }} = x[base + i * 8u + {{ j }}u];
   # endfor
 {{ quantise.chunk() }}
 {{ quantise.put_chunk(target, "i", "") }}

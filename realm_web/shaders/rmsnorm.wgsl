@@ -1,10 +1,12 @@
 // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, added to out with `residual`
 // step;  x (n_rows, dim) f32;  weight (dim,) f32;  out (n_rows, dim) f32
-// With `gather`, row r of the output is the row of x from which sequence r draws a token (0 where it draws none).
+// With `gather`, row r of the output is the row of x from which sequence r draws a token (left alone where it draws none).
 // With `ints` out is in 8 bits (lib/ints.wgsl).
+// A thread keeps its values; no load waits for another, so rows that are not there are read too.
 // constants: dim, eps, gather, residual, ints, wg, subgroup, st;  grid: (n_rows, 1, 1)
 # import "lib/reduce.wgsl" as lib
 # import "lib/quantise.wgsl" as quantise
+# set quads = dim // 4
 {{ "enable subgroups;" if subgroup }}
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<f32>") }}
@@ -12,38 +14,40 @@
 {{ bind("out", "u32" if ints else "vec4<f32>", "read_write") }}
 {{ quantise.functions() if ints }}
 
-{{ lib.workgroup_reduce("sum", "add", wg, subgroup) }}
+{{ lib.workgroup_reduce("sum", "add", wg, subgroup, once=true) }}
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   # if gather
-  if (wid.x >= step[{{ st.N_SEQS }}]) {
-    return;
-  }
   let row = step[{{ st.seqs }}u + wid.x * {{ st.SEQ_WORDS }}u + {{ st.LOGITS_ROW }}u];
-  if (row == 0xffffffffu) {
-    return;
-  }
+  let live = wid.x < step[{{ st.N_SEQS }}] && row != 0xffffffffu;
+  let base = select(0u, row, live) * {{ quads }}u;
   # else
-  let row = wid.x;
-  if (row >= step[{{ st.N_ROWS }}]) {
-    return;
-  }
+  let live = wid.x < step[{{ st.N_ROWS }}];
+  let base = wid.x * {{ quads }}u;
   # endif
-  let base = row * {{ dim // 4 }}u;
   # if ints
   let to = wid.x * {{ 3 * dim // 8 }}u;
-{{ quantise.row("x", "base", dim, wg, subgroup, "weight", eps, {"name": "out", "to": "to", "k": dim}) }}
+{{ quantise.row("x", "base", dim, wg, subgroup, "weight", eps, {"name": "out", "to": "to", "k": dim}, live="live") }}
   # else
+  # set items = (quads + wg - 1) // wg
+  # for t in range(items)
+  let i{{ t }} = {{ "lid + %du" % (t * wg) if (t + 1) * wg <= quads else "min(lid + %du, %du)" % (t * wg, quads - 1) }};
+  let x{{ t }} = x[base + i{{ t }}];
+  let weight{{ t }} = weight[i{{ t }}];
+  # if residual
+  let before{{ t }} = out[wid.x * {{ quads }}u + i{{ t }}];
+  # endif
+  # endfor
   var squares = 0.0;
-  for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
-    let v = x[base + i];
-    squares += dot(v, v);
-  }
+  # for t in range(items)
+  squares += {{ "dot(x%d, x%d)" % (t, t) if (t + 1) * wg <= quads else "select(0.0, dot(x%d, x%d), lid < %du)" % (t, t, quads - t * wg) }};
+  # endfor
   let factor = inverseSqrt(sum(squares, lid) / {{ dim }}.0 + {{ "%.9g" % eps }});
-  for (var i = lid; i < {{ dim // 4 }}u; i += {{ wg }}u) {
-    let at = wid.x * {{ dim // 4 }}u + i;
-    out[at] = {{ "out[at] + " if residual }}x[base + i] * factor * weight[i];
+  # for t in range(items)
+  if (live{{ " && lid < %du" % (quads - t * wg) if (t + 1) * wg > quads }}) {
+    out[wid.x * {{ quads }}u + i{{ t }}] = {{ "before%d + " % t if residual }}x{{ t }} * factor * weight{{ t }};
   }
+  # endfor
   # endif
 }

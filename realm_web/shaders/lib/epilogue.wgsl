@@ -32,20 +32,21 @@ fn store(m: u32, n: u32, first: f32, second: f32) {
 }
 # endmacro
 
-{# `v` of first and second, column n of what a product makes. #}
-# macro value(act, bias, scale, softcap, out_offset)
+{# `v` of first and second, column n of what a product makes; or of vectors of 4, the n-th of its columns. #}
+# macro value(act, bias, scale, softcap, out_offset, wide=false)
+  # set t = "vec4<f32>" if wide else "f32"
   # if act
-  var v = {{ acts.gated(act, "first", "second") }};
+  var v = {{ acts.gated(act, "first", "second", t) }};
   # else
   var v = first;
   # endif
   # if bias
-  v += bias[{{ out_offset }}u + n];
+  v += bias[{{ out_offset // 4 if wide else out_offset }}u + n];
   # endif
   # if scale != 1.0
   v *= {{ "%.9g" % scale }};
   # endif
   # if softcap
-  v = tanh(clamp(v / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+  v = tanh(clamp(v / {{ "%.9g" % softcap }}, {{ t }}(-15.0), {{ t }}(15.0))) * {{ "%.9g" % softcap }};
   # endif
 # endmacro

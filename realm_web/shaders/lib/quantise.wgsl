@@ -34,7 +34,7 @@ fn sum_of(word: u32) -> i32 {
   let sums = vec2<f32>(vec2<i32>(sum_of(q0) + sum_of(q1) + sum_of(q2) + sum_of(q3), sum_of(q4) + sum_of(q5) + sum_of(q6) + sum_of(q7)));
 # endmacro
 
-{# Of a chunk spread over 8 lanes, a vector v in each: its byte word `q`, and in the first lane of the 8 the sums, d. #}
+{# Of a chunk spread over 8 lanes, a vector v in each: its byte word `q`, d, and in the first four lanes the sums. #}
 # macro chunk_of_lanes()
   var top = largest(v);
 # for i in (1, 2, 4)
@@ -70,8 +70,20 @@ fn sum_of(word: u32) -> i32 {
 {# What a lane writes after `chunk_of_lanes()`, of vector i of the row; and what a thread does after `chunk()`. #}
 # macro put_lane(target, i, factor)
   {{ put_quad(target, i, "q") }}
-  if (({{ i }} & 7u) == 0u) {
-{{ put_scales(target, "(%s >> 3u)" % i, factor) }}
+{{ put_lane_scale(target, i, factor) }}
+# endmacro
+
+{# Of the words that belong to a chunk each of its first four lanes writes one. #}
+# macro put_lane_scale(target, i, factor)
+  if (({{ i }} & 4u) == 0u) {
+    let which = {{ i }} & 3u;
+    let times = select(select(sums.y, sums.x, which == 2u), select(sums.x + sums.y, 1.0, which == 0u), which < 2u);
+    let word = bitcast<u32>(d{{ factor }} * times);
+# if "plane" in target
+    {{ target.name }}[({{ i }} >> 3u) + (which + 8u) * {{ target.plane }}u] = word;
+# else
+    {{ target.name }}[{{ target.to }} + {{ target.k // 4 }}u + 4u * ({{ i }} >> 3u) + which] = word;
+# endif
   }
 # endmacro
 
@@ -91,10 +103,12 @@ fn sum_of(word: u32) -> i32 {
 # endmacro
 
 {# A row of x that begins at vector `base`, normed with the weights `norm` if there are any, by the whole workgroup. Loads that
-   `load` has issued already, in the same scope, are not repeated: so they can go ahead of others. #}
-# macro row(x, base, k, wg, subgroup, norm, eps, target, loaded=false)
+   `load` has issued already, in the same scope, are not repeated: so they can go ahead of others. Nothing is written unless
+   `live`, a condition. #}
+# macro row(x, base, k, wg, subgroup, norm, eps, target, loaded=false, live="")
 # set quads = k // 4
 # set factor = " * factor" if norm else ""
+# set only = " && " ~ live if live else ""
 # if subgroup >= 8
 # set batch = batch_of(k, wg, norm) | int
 # set once = batch * wg >= quads
@@ -112,7 +126,7 @@ fn sum_of(word: u32) -> i32 {
     {
       let v = x{{ t }}{{ " * norm%d" % t if norm }};
 {{ chunk_of_lanes() }}
-      if (i{{ t }} < {{ quads }}u) {
+      if (i{{ t }} < {{ quads }}u{{ only }}) {
 {{ put_lane(target, "i%d" % t, factor) }}
       }
     }
@@ -129,7 +143,7 @@ fn sum_of(word: u32) -> i32 {
   }
   let factor = inverseSqrt(sum(squares, lid) / {{ k }}.0 + {{ "%.9g" % eps }});
 # endif
-  for (var c = lid; c < {{ k // 32 }}u; c += {{ wg }}u) {
+  for (var c = lid; c < {{ k // 32 }}u{{ only }}; c += {{ wg }}u) {
 # for i in range(8)
     let v{{ i }} = {{ x }}[{{ base }} + c * 8u + {{ i }}u]{{ " * %s[c * 8u + %du]" % (norm, i) if norm }};
 # endfor

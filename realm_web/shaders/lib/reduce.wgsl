@@ -1,6 +1,7 @@
 {# Sum or maximum of one value per thread over a workgroup of `wg` threads; every thread gets the result.
-   With `subgroup` (the size of every subgroup) two levels and two barriers; without, a tree in shared memory. #}
-# macro workgroup_reduce(name, op, wg, subgroup)
+   With `subgroup` (the size of every subgroup) two levels and two barriers; without, a tree in shared memory.
+   The last barrier is for who calls it again: not with `once`. #}
+# macro workgroup_reduce(name, op, wg, subgroup, once=false)
 # set combine = {"add": "a + b", "max": "max(a, b)"}[op]
 var<workgroup> {{ name }}_shared: array<f32, {{ wg // subgroup if subgroup else wg }}>;
 
@@ -26,7 +27,7 @@ fn {{ name }}(value: f32, lid: u32) -> f32 {
     total = {{ name }}_pair(total, {{ name }}_shared[i]);
   }
 # endif
-  workgroupBarrier();
+{{ "  workgroupBarrier();" if not once }}
   return total;
 # else
   {{ name }}_shared[lid] = value;
@@ -38,7 +39,7 @@ fn {{ name }}(value: f32, lid: u32) -> f32 {
   }
   workgroupBarrier();
   let total = {{ name }}_shared[0];
-  workgroupBarrier();
+{{ "  workgroupBarrier();" if not once }}
   return total;
 # endif
 }

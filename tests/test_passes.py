@@ -1,0 +1,39 @@
+"""Passes between products: those that another does along the way change nothing but their number."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import tiny
+from probe import greedy, last_logits
+
+from realm_web.engine import Engine
+from realm_web.ops import matmuls
+
+PROMPT = list(range(5, 45))
+
+
+async def run(path) -> tuple[np.ndarray, list[str]]:
+    """The logits after the prompt, and the labels of the passes that made them."""
+    engine = await Engine.open(path, device="webgpu", context=256, max_seqs=1, exact=False)
+    try:
+        engine.device.info = replace(engine.device.info, adapter_type="DiscreteGPU")
+        engine.runner._programs.clear()  # made for a software device, which has no products by tiles
+        await greedy(engine, PROMPT)
+        [program] = [p for b, p in engine.runner._programs.items() if b.n_rows >= len(PROMPT)]
+        return await last_logits(engine), [step.label or step.kernel.name for step in program.steps]
+    finally:
+        await engine.close()
+
+
+def test_sums_of_shares_make_the_next_products_bytes(tmp_path, monkeypatch):
+    model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=512, quant="Q4_K")
+    monkeypatch.setattr(matmuls, "LEAST_TURNS", 1)  # a tiny model's products are worth few shares
+    together, labels = asyncio.run(run(model.path))
+    normed = [label for label in labels if label.endswith("and norm")]
+    assert len(normed) == 3  # two layers, and no norm after the last
+    assert "quantise hidden" not in labels
+    monkeypatch.setattr(matmuls, "whole_chunks", lambda device, n: False)
+    apart, others = asyncio.run(run(model.path))
+    assert len(others) == len(labels) + len(normed) + 2
+    assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()  # a byte may be rounded the other way

@@ -1,8 +1,8 @@
 """The steps of an engine: submit, hand out what arrives, submit again; and what happens when a device fails.
 
-A few steps are kept in flight: whenever one arrives its tokens are handed out and the next is submitted. What
-runs is the scheduler's decision, how it runs is the runner's. Knows answers and time; knows neither prompts
-as text nor where a model comes from.
+A few steps are kept in flight: whenever one arrives its tokens are handed out and the next is submitted, at
+once or when it is the host's turn (`turns.py`). What runs is the scheduler's decision, how it runs is the
+runner's. Knows answers and time; knows neither prompts as text nor where a model comes from.
 
 A request with a grammar needs the mask of its next token, which only the token before tells. So the forward
 pass is submitted at once, and the draw by a second program as soon as the mask is there: the host computes it
@@ -29,11 +29,13 @@ from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Readback
 from realm_web.scheduler import Batch, Request, Scheduler
 from realm_web.tuning import Store
+from realm_web.turns import Turns
 
 MAX_DEPTH = 16
 # At most, and to begin with: numpy runs a step when it is submitted, so there is nothing to overlap; in a
 # page a result comes back some 4 ms late from a busy GPU, so that two steps would wait for it.
 STEPS_IN_FLIGHT = {"cpu": (1, 1), "browser": (MAX_DEPTH, 8)}
+BLOCKING = ("webgpu", "dawn")  # kinds of device that keep the thread while a result is waited for
 MOST_RECOVERIES = 3  # of a lost device without one token in between
 
 
@@ -63,6 +65,7 @@ class Stepper:
             max_context=runner.context, prefix_cache=runner.prefix_cache, tenant_weights=tenant_weights,
         )  # fmt: skip
         self.pacing = Pacing(*STEPS_IN_FLIGHT.get(runner.device.kind, (MAX_DEPTH, 2)))
+        self.turns = Turns(self._fill) if runner.device.kind in BLOCKING else None
         self.grammars: GrammarEngine | None = None  # from the first answer with a grammar on
         self.answers: dict[str, Answer] = {}  # that have not ended, by request
         self._n_in_flight = 0
@@ -109,9 +112,9 @@ class Stepper:
         self.runner.device.close()
 
     def _fill(self) -> None:
-        """Submit until `depth` steps are in flight or nothing more can run."""
+        """Submit until enough steps are in flight or nothing more can run."""
         try:
-            while self._n_in_flight < self.pacing.depth:
+            while self._may_submit():
                 if self._closed or self._busy or self._draining:
                     return
                 if self._held is not None and not self._draw_held():
@@ -128,6 +131,11 @@ class Stepper:
         except Exception as error:  # of the device, or a bug of ours: whoever waits must hear of it
             self._failed(error)
 
+    def _may_submit(self) -> bool:
+        if self.turns is not None:
+            return self.turns.may_submit(self._n_in_flight, self.pacing.depth)
+        return self._n_in_flight < self.pacing.depth
+
     def _submit(self, batch: Batch, bucket: Bucket, requests: list[Request]) -> None:
         readback = self.runner.run(batch, bucket, requests)
         if readback is None:
@@ -138,7 +146,14 @@ class Stepper:
     def _expect(self, readback: Readback, batch: Batch, bucket: Bucket) -> None:
         self._n_in_flight += 1
         epoch = self._epoch
-        readback.then(lambda data: self._arrive(epoch, batch, bucket, data))
+
+        def heard(data: bytes | BaseException) -> None:
+            self._arrive(epoch, batch, bucket, data)
+
+        if self.turns is not None:
+            self.turns.expect(readback, bucket, heard)
+        else:
+            readback.then(heard)
 
     def _draw_held(self) -> bool:
         """Draw the held batch's tokens, if every mask can be told by now."""
@@ -323,6 +338,8 @@ class Stepper:
         self._n_in_flight = 0
         self._held = None
         self._draining = False
+        if self.turns is not None:
+            self.turns.forget()
         self.scheduler.reset()
         self.runner.forget()
         self.pacing.pause()

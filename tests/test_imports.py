@@ -47,6 +47,7 @@ LEVELS = {
     "answers": 5,
     "opening": 5,
     "pacing": 5,
+    "turns": 5,
     "stepping": 5,
     "engine": 5,
     "benchmark": 6,

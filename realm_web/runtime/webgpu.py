@@ -215,6 +215,7 @@ class WebGPUBackend:
                 label=kernel.name, layout=layout, compute={"module": module, "entry_point": "main"}
             )
         except (wgpu.GPUError, RuntimeError) as error:
+            self.check()
             problem = DeviceError(f"{kernel} did not compile on {self.info.name}: {error}")
             problem.add_note(kernel.source.numbered())
             raise problem from error

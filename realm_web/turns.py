@@ -1,0 +1,149 @@
+"""Whose turn it is on a thread that its device keeps while it is waited for: the steps of wgpu-native and Dawn.
+
+To wait for a result there is to give the thread away, and nothing else happens until the step is done: no
+token reaches who reads it, no new request is heard. So before each wait everybody else has a turn, and a long
+step is left alone until shortly before its end. Only then does the next one go to the device: whoever asked
+meanwhile is in it, and waits for the rest of one step rather than for a whole one more (8B, 32 sequences:
+11.6 ms a step).
+
+Knows times and callbacks; neither what a step is nor what is asked of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+
+from realm_web.runtime.device import Readback
+
+Heard = Callable[[bytes | BaseException], None]
+
+SHORT = 1e-3  # seconds of work in flight up to which more is given at once
+MARGIN = 3e-3  # before the end of a step: timers come up to 1 ms late, encoding the next takes up to 1
+TURNS = 3  # of the event loop: a request on a socket is read, parsed and asked
+REMEMBERED = 4  # durations of each kind of step
+
+
+class Foresight:
+    """When the steps in flight will be done, by how long others of their kind took. In seconds.
+
+    The least of the last few counts: one that is thought too short costs nothing but a turn.
+
+    >>> ahead = Foresight()
+    >>> ahead.submit("decode", 0.0), ahead.arrive(2.0)
+    (None, None)
+    >>> ahead.submit("decode", 2.0), ahead.submit("decode", 2.0)
+    (None, None)
+    >>> ahead.until_next(2.5), ahead.until_all(2.5)
+    (1.5, 3.5)
+    """
+
+    def __init__(self) -> None:
+        self._took: dict[Hashable, deque[float]] = {}
+        self._steps: deque[tuple[Hashable, float]] = deque()  # in flight: kind, and when submitted
+        self._last = 0.0  # when the one before them was done
+
+    def submit(self, kind: Hashable, now: float) -> None:
+        self._steps.append((kind, now))
+
+    def arrive(self, now: float) -> None:
+        """The oldest is done, unless it was forgotten."""
+        if not self._steps:
+            return
+        kind, submitted = self._steps.popleft()
+        took = now - max(submitted, self._last)
+        self._took.setdefault(kind, deque(maxlen=REMEMBERED)).append(took)
+        self._last = now
+
+    def until_next(self, now: float) -> float:
+        """0 where nothing is known."""
+        return max(0.0, next(self._ends(), now) - now)
+
+    def until_all(self, now: float) -> float:
+        end = now
+        for end in self._ends():
+            pass
+        return max(0.0, end - now)
+
+    def forget(self) -> None:
+        """None of those in flight will arrive."""
+        self._steps.clear()
+
+    def _ends(self) -> Iterator[float]:
+        end = self._last
+        for kind, submitted in self._steps:
+            end = max(end, submitted) + min(self._took.get(kind, (0.0,)))
+            yield end
+
+
+class Turns:
+    """The steps in flight of a device that blocks, waited for one by one. `fill` submits what can run.
+
+    `fill` asks `may_submit` and is called again before every wait.
+    """
+
+    def __init__(
+        self,
+        fill: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):
+        self._fill, self._clock, self._sleep = fill, clock, sleep
+        self._foresight = Foresight()
+        self._line: deque[tuple[Readback, Heard]] = deque()
+        self._due = False  # the wait for the oldest is about to begin
+        self._task: asyncio.Task[None] | None = None
+
+    def may_submit(self, n_in_flight: int, depth: int) -> bool:
+        """Whether one more step may be in flight now, of at most `depth`."""
+        if not n_in_flight or n_in_flight >= depth:
+            return not n_in_flight
+        left = self._foresight.until_all(self._clock())
+        if left <= SHORT:
+            return True
+        return self._due and (n_in_flight == 1 or left <= n_in_flight * SHORT)
+
+    def expect(self, readback: Readback, kind: Hashable, heard: Heard) -> None:
+        """A step was submitted; `heard` is called with its results, in the order of submission."""
+        self._foresight.submit(kind, self._clock())
+        self._line.append((readback, heard))
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._wait())
+
+    def forget(self) -> None:
+        """Nobody waits for the steps in flight any more."""
+        self._line.clear()
+        self._foresight.forget()
+
+    async def _wait(self) -> None:
+        try:
+            while self._line:
+                await self._give_turns()
+                self._due = True
+                self._fill()
+                self._due = False
+                if self._line:
+                    await self._hear(*self._line.popleft())
+        finally:
+            self._task = None
+
+    async def _give_turns(self) -> None:
+        for _ in range(TURNS):
+            await self._sleep(0)
+        spare = self._foresight.until_next(self._clock()) - MARGIN
+        if spare > 0:
+            await self._sleep(spare)
+
+    async def _hear(self, readback: Readback, heard: Heard) -> None:
+        done = asyncio.get_running_loop().create_future()
+
+        def arrive(data: bytes | BaseException) -> None:
+            self._foresight.arrive(self._clock())
+            heard(data)
+            done.set_result(None)
+
+        readback.then(arrive)
+        await done

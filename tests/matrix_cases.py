@@ -146,7 +146,7 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
              bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32",
-             out_as="f32", fmt2="", n1=0):  # fmt: skip
+             out_as="f32", fmt2="", n1=0, ahead=0, stage=0):  # fmt: skip
         stride = activation_words(n) if out_as == "ints" else n + offset
         tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as, fmt2, n1)
         consts = {
@@ -154,13 +154,13 @@ def matvec_cases() -> Iterator[Case]:
             "residual": residual, "scale": scale, "softcap": softcap, "out_stride": stride,
             "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as,
             "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile, "unroll": unroll,
-            "subgroup": subgroup, "grid_x": fold, "st": ST,
+            "subgroup": subgroup, "grid_x": fold, "st": ST, "ahead": ahead, "stage": stage,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
             f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
             f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
-            f"{f' and {fmt2} from {n1}' * bool(fmt2)}"
+            f"{f' and {fmt2} from {n1}' * bool(fmt2)}{' ahead' * ahead}{' staged' * stage}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
         tolerance, dtype = (STEP, f"bytes of {n}") if out_as == "ints" else (FMA, "f32")
@@ -183,6 +183,19 @@ def matvec_cases() -> Iterator[Case]:
         yield case(fmt, lanes=64, subgroup=-1, rows=2, wg=128, m=2, m_tile=2, act="silu_mul")
         yield case(fmt, lanes=-1, subgroup=-1, rows=2, x_as="quantise", unroll=2, k=1280, bias=True)
         yield case(fmt, lanes=-1, subgroup=-1, act="silu_mul", m=2, x_as="norm")
+    # several rows: chunks that fill the lanes or do not; as many sums as lanes, fewer, more, an odd number
+    for fmt in ("Q4_K", "Q6_K", "Q4_0", "IQ4_XS", "IQ2_XS"):
+        for ahead, stage in ((0, 1), (1, 0), (1, 1)):
+            own = {"x_as": "ints", "k": 1280, "ahead": ahead, "stage": stage}
+            yield case(fmt, lanes=16, wg=32, rows=2, m=3, m_tile=4, n=37, **own)
+            yield case(fmt, lanes=8, rows=4, wg=32, m=8, m_tile=8, n=40, subgroup=-1, act="silu_mul", **own)
+    for lanes, rows, m, k in (
+        (4, 1, 2, 512), (8, 3, 2, 512), (16, 2, 4, 768), (64, 2, 8, 2048), (128, 1, 2, 4096),
+    ):  # fmt: skip
+        own = {"lanes": lanes, "rows": rows, "m": m - 1, "m_tile": m, "k": k, "wg": max(lanes, 64)}
+        own |= {"n": 29, "x_as": "ints", "subgroup": -1, "ahead": 1, "residual": True}
+        yield case("Q4_K", stage=1, **own)
+        yield case("Q5_0", act="silu_mul", bias=True, **own)
     yield case("Q4_1", lanes=16, act="gelu_mul", bias=True, scale=0.25, softcap=0.5, n=41)
     yield case("Q4_0", lanes=32, rows=4, bias=True, residual=True, n=37, k=576)
     yield case("Q8_0", lanes=64, rows=1, residual=True, offset=24, m=9, m_tile=8)
@@ -197,9 +210,15 @@ def matvec_cases() -> Iterator[Case]:
         yield case("Q4_K", lanes=8, subgroup=-1, rows=4, n=96, **bytes_of)
         yield case("Q4_0", lanes=4, subgroup=-1, rows=2, n=160, k=288, fold=2, **bytes_of)
         yield case("Q6_K", lanes=16, subgroup=-1, rows=8, n=64, **bytes_of)
+    bytes_of |= {"m_tile": 4, "ahead": 1, "stage": 1}
+    yield case("Q4_K", lanes=8, subgroup=-1, rows=4, n=96, **bytes_of)
+    yield case("Q6_K", lanes=16, subgroup=-1, rows=8, n=64, **bytes_of)
     mixed = {"lanes": 8, "rows": 2, "x_as": "norm", "bias": True, "n": 57}
     yield case("Q4_K", fmt2="Q6_K", n1=32, subgroup=-1, k=768, **mixed)
     yield case("Q5_0", fmt2="Q8_0", n1=16, k=288, unroll=2, fold=2, **mixed)
+    of_bytes = {**mixed, "x_as": "ints", "m": 3, "m_tile": 4, "subgroup": -1, "k": 768, "ahead": 1}
+    yield case("Q4_K", fmt2="Q6_K", n1=32, stage=1, **of_bytes)
+    yield case("Q5_0", fmt2="Q8_0", n1=16, fold=2, **of_bytes)
     yield case("Q4_0", lanes=16, rows=4, x_as="norm", k=576, n=37, m=3, residual=True, wg=32)
     yield case("Q5_0", lanes=32, rows=2, x_as="quantise", k=576, n=37, offset=8, wg=64, fold=2)
     yield case("Q6_K", lanes=64, rows=2, x_as="quantise", k=2304, n=9, wg=128, subgroup=-1)

@@ -27,6 +27,8 @@ class Matvec:
     m_tile: int
     subgroup: int
     unroll: int = 1  # chunks of each row that a thread has under way
+    ahead: int = 0  # of several rows of activations: whether the next chunks are under way, too
+    stage: int = 0  # and whether the activations of a turn are in workgroup memory
 
     def grid(self, device: Device, n: int, m: int) -> tuple[tuple[int, int, int], int]:
         """The grid, and how wide its first dimension is folded."""
@@ -174,7 +176,8 @@ def linear(
         kernel = r.device.kernel(
             "matvec", **consts, fmt2=second.fmt.name if second else "", n1=weight.n if second else 0,
             per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg, m_tile=tuning.m_tile,
-            unroll=tuning.unroll, subgroup=tuning.subgroup, grid_x=fold, x_as=x_as,
+            unroll=tuning.unroll, ahead=tuning.ahead, stage=tuning.stage, subgroup=tuning.subgroup,
+            grid_x=fold, x_as=x_as,
             eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
         )  # fmt: skip
         label = f"{kernel.name} {weight.label}" + (f" and {second.label}" if second else "")
@@ -230,17 +233,22 @@ def takes_bytes(r: Recorder, weight: Weight) -> bool:
 
 
 def goes_with(r: Recorder, x: Activations, weight: Weight, second: Weight) -> bool:
-    """Whether one call can multiply a row with both: workgroups make it, and have rows of one weight each."""
+    """Whether one call can multiply x with both: a few rows, in workgroups that have rows of one weight each.
+
+    A single row has to be one that the workgroups make themselves: so they are as large as that wants.
+    """
     weights = weight, second
-    if not r.ints or not all(
+    if not r.ints or r.n_rows > MATVEC_ROWS or not all(
         w.fmt.is_quantised and not w.fmt.has_table and len(w.shards) == 1 for w in weights
     ):  # fmt: skip
         return False
     shape = shape_of(r, x, weight, r.n_rows, "").beside(second)
-    tuning = choose_matvec(r.device, shape, ints=True) if shape.own else None
+    if r.n_rows == 1 and not shape.own:
+        return False
+    tuning = choose_matvec(r.device, shape, ints=True)
     bindings = 5 + weight.fmt.n_bindings + second.fmt.n_bindings
     return (
-        tuning is not None and bindings <= r.device.limits.max_bindings
+        bindings <= r.device.limits.max_bindings
         and weight.n % (tuning.wg // tuning.lanes * tuning.rows) == 0
     )  # fmt: skip
 

@@ -82,7 +82,8 @@ def render(name: str, consts: dict[str, object]) -> Source:
         product = ints.product(
             "product" if first else f"{variable}_product", own.offset, own.halves, own.minimum
         )
-        return "\n".join((ints.types() if first else "", chunk, product))
+        onto = ints.onto(f"{variable}_onto", own.offset, own.halves, own.minimum)
+        return "\n".join((ints.types() if first else "", chunk, product, onto))
 
     def has_table(fmt: str) -> bool:
         return hasattr(environment.get_template(f"quant/{fmt.lower()}.wgsl").module, "table")

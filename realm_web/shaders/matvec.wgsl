@@ -7,15 +7,18 @@
 // fmt2: the rows of weight from n1 on, a multiple of what a workgroup has, are of another format and bound after the others.
 // constants: fmt, fmt2, n1, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
 // x_as, eps, out_as ("f32", "ints"), st;
-// tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; unroll
-// chunks of each at a time; wg threads; subgroup size or 0
+// tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; wg threads;
+// subgroup size or 0; of one row unroll chunks of each weight row at a time; of more a chunk, where the next one's loads are
+// under way `ahead`, and with `stage` the activations of a turn are in workgroup memory, for all groups
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/ints.wgsl" as ints
 # import "lib/quantise.wgsl" as quantise
+# import "lib/lanes.wgsl" as sums
 # import "lib/reduce.wgsl" as reduce
 # set count = st.N_SEQS if per_seq else st.N_ROWS
 # set own = x_as in ("quantise", "norm")
+# set several = m_tile > 1 and x_as == "ints"
 # set chunks = k // 32
 # set parts = 2 if act else 1
 # set groups = wg // lanes
@@ -40,7 +43,7 @@
 {{ ints.own_activations("x", k) }}
 {{ reduce.workgroup_reduce("sum", "add", wg, subgroup) if x_as == "norm" }}
 # elif x_as == "ints"
-{{ ints.activations("x", k) }}
+{{ ints.staged_activations("x", k, m_tile, lanes) if several and stage else ints.activations("x", k) }}
 # endif
 {{ quantise.functions() if own or out_as == "ints" }}
 # if lanes > 1 and not in_subgroup
@@ -48,7 +51,7 @@ var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 # endif
 
 @compute @workgroup_size({{ wg }})
-fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m0 = wid.y * {{ m_tile }}u;
   if (m0 >= step[{{ count }}]) {
     return;
@@ -100,40 +103,24 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endfor
     # endfor
   # endmacro
-  # macro activations(u, m, ragged)
-    {{ "var" if ragged else "let" }} x{{ u }}_{{ m }} = x_fetch(m0 + {{ m }}u, {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
+  # macro activations(m, c, ragged, name)
+    {{ "var" if ragged else "let" }} {{ name }} = x_fetch(m0 + {{ m }}u, {{ "min(%s, %du)" % (c, chunks - 1) if ragged else c }});
     # if ragged
-    if (c{{ u }} >= {{ chunks }}u) {
-      x{{ u }}_{{ m }}.d = 0.0;
-      x{{ u }}_{{ m }}.total = 0.0;
-      x{{ u }}_{{ m }}.sums = vec2<f32>();
+    if ({{ c }} >= {{ chunks }}u) {
+      {{ name }}.d = 0.0;
+      {{ name }}.total = 0.0;
+      {{ name }}.sums = vec2<f32>();
     }
     # endif
   # endmacro
   # macro add(w, ragged)
-    # set product = "product" if w == "w" else w ~ "_product"
     # for u in range(unroll)
-    # if m_tile == 1
-{{ activations(u, 0, ragged) }}
-    # endif
+{{ activations(0, "c%d" % u, ragged, "x%d" % u) }}
     # for r in range(rows)
     # for part in range(parts)
-    let v{{ u }}_{{ r }}_{{ part }} = {{ w }}_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }});
-    # if m_tile == 1
-    acc{{ r * parts + part }} += {{ product }}(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_0);
-    # endif
+    acc{{ r * parts + part }} = {{ w }}_onto(acc{{ r * parts + part }}, {{ w }}_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }}), x{{ u }});
     # endfor
     # endfor
-    # if m_tile > 1
-    # for m in range(m_tile)
-{{ activations(u, m, ragged) }}
-    # for r in range(rows)
-    # for part in range(parts)
-    acc{{ (r * m_tile + m) * parts + part }} += {{ product }}(v{{ u }}_{{ r }}_{{ part }}, x{{ u }}_{{ m }});
-    # endfor
-    # endfor
-    # endfor
-    # endif
     # endfor
   # endmacro
   # set span = lanes * unroll
@@ -173,16 +160,106 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   # endif
   # endmacro
+  # macro sums_of_several(w)
+  # set ragged = chunks % lanes > 0
+  # set planes = 3 * m_tile
+  # set each = (planes + groups - 1) // groups
+  # macro weights_at(c, word)
+    # for r in range(rows)
+    # for part in range(parts)
+    {{ word }} w{{ r }}_{{ part }} = {{ w }}_fetch(chunk{{ r }} + {{ part * n * chunks }}u + {{ c }});
+    # endfor
+    # endfor
+  # endmacro
+  # macro activations_at(c, word)
+    # for i in range(each)
+    {{ word }} s{{ i }} = x[(m0 * 3u + {{ "min(plane + %du, %du)" % (i * groups, planes - 1) if i * groups + groups > planes else "plane + %du" % (i * groups) }}) * {{ chunks }}u + {{ c }}];
+    # endfor
+  # endmacro
+  # if has_table(fmt)
+  w_prepare(lid);
+  # endif
+  # if has_table(fmt) and not stage
+  workgroupBarrier();
+  # endif
+  let first = {{ "min(lane, %du)" % (chunks - 1) if ragged else "lane" }};
+  # if stage
+  let plane = lid / {{ lanes }}u;
+  # endif
+  # if ahead
+{{ weights_at("first", "var") }}
+  # if stage
+{{ activations_at("first", "var") }}
+  # endif
+  # endif
+  // the number of turns is not said before the kernel runs: drivers that know it unroll the loop until it fits no cache
+  let turns = {{ "min(%du, n_wg.x * %du)" % ((chunks + lanes - 1) // lanes, chunks) }};
+  for (var turn = 0u; turn < turns; turn++) {
+    let at = turn * {{ lanes }}u + lane;
+    let c = {{ "min(at, %du)" % (chunks - 1) if ragged else "at" }};
+    # if stage
+    # if not ahead
+{{ activations_at("c", "let") }}
+    # endif
+    workgroupBarrier();
+    # for i in range(each)
+    # if i * groups + groups > planes
+    if (plane + {{ i * groups }}u < {{ planes }}u) {
+    # endif
+    x_staged[plane + {{ i * groups }}u][lane] = {{ "select(s%d, vec4<u32>(), at >= %du)" % (i, chunks) if ragged else "s%d" % i }};
+    # if i * groups + groups > planes
+    }
+    # endif
+    # endfor
+    # endif
+    # if not ahead
+{{ weights_at("c", "let") }}
+    # endif
+    # if stage
+    workgroupBarrier();
+    # endif
+    # for r in range(rows)
+    # for part in range(parts)
+    let v{{ r }}_{{ part }} = {{ w }}_ints(w{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c);
+    # endfor
+    # endfor
+    # if ahead
+    let next = min(at + {{ lanes }}u, {{ chunks - 1 }}u);
+{{ weights_at("next", "") }}
+    # if stage
+{{ activations_at("next", "") }}
+    # endif
+    # endif
+    # for m in range(m_tile)
+    {
+      # if stage
+      let xm = x_staged_fetch({{ m }}u, lane);
+      # else
+{{ activations(m, "at", ragged, "xm") }}
+      # endif
+      # for r in range(rows)
+      # for part in range(parts)
+      # set a = (r * m_tile + m) * parts + part
+      acc{{ a }} = {{ w }}_onto(acc{{ a }}, v{{ r }}_{{ part }}, xm);
+      # endfor
+      # endfor
+    }
+    # endfor
+  }
+  # endmacro
+  # macro sums_by(w)
+{{ sums_of_several(w) if several else sums_of(w) }}
+  # endmacro
   # if fmt2
   if ((wid.x + wid.z * {{ grid_x }}u) * {{ groups * rows }}u < {{ n1 }}u) {
 {{ rows_of(0, n1) }}
-{{ sums_of("w") }}
+{{ sums_by("w") }}
   } else {
 {{ rows_of(n1, n) }}
-{{ sums_of("v") }}
+{{ sums_by("v") }}
   }
   # else
-{{ sums_of("w") }}
+{{ sums_by("w") }}
   # endif
   # endif
   # if lanes == 1
@@ -193,40 +270,29 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # endfor
   # elif in_subgroup
-  # for a in range(n_acc)
-  # if lanes == subgroup
-  acc{{ a }} = subgroupAdd(acc{{ a }});
-  # else
-  # set ns = namespace(d=lanes // 2)
-  # for _ in range(16)
-  # if ns.d >= 1
-  acc{{ a }} += subgroupShuffleXor(acc{{ a }}, {{ ns.d }}u);
-  # set ns.d = ns.d // 2
-  # endif
-  # endfor
-  # endif
-  # endfor
-  // lane a stores the a-th output of its rows of weights
   # set outputs = rows * m_tile
-  for (var a = lane; a < {{ outputs }}u; a += {{ lanes }}u) {
-    var first = acc0;
-    var second = {{ "acc1" if act else "0.0" }};
-    # for a in range(1, outputs)
-    first = select(first, acc{{ a * parts }}, a == {{ a }}u);
-    # if act
-    second = select(second, acc{{ a * parts + 1 }}, a == {{ a }}u);
-    # endif
+  # for part in range(parts)
+{{ sums.spread("acc", part, parts, outputs, lanes) }}
+  # endfor
+  # set kept = sums.kept(outputs, lanes) | int
+  # set apart = sums.apart(outputs, lanes) | int
+  // lane a * apart stores the a-th output of its rows of weights, and those beyond the lanes
+  if (lane % {{ apart }}u == 0u) {
+    # for i in range(kept)
+    {
+      let a = lane / {{ apart }}u * {{ kept }}u + {{ i }}u;
+      store(m0 + a % {{ m_tile }}u, n0 + a / {{ m_tile }}u, acc{{ i * parts }}, {{ "acc%d" % (i * parts + 1) if act else "0.0" }});
+    }
     # endfor
-    store(m0 + a % {{ m_tile }}u, n0 + a / {{ m_tile }}u, first, second);
   }
   # else
   # if across
-  # for a in range(n_acc)
-  acc{{ a }} = subgroupAdd(acc{{ a }});
-  # endfor
-  if (lid % {{ subgroup }}u == 0u) {
-    # for a in range(n_acc)
-    partial[{{ a * partials }}u + lid / {{ subgroup }}u] = acc{{ a }};
+{{ sums.spread("acc", 0, 1, n_acc, subgroup) }}
+  # set kept = sums.kept(n_acc, subgroup) | int
+  # set apart = sums.apart(n_acc, subgroup) | int
+  if (lid % {{ apart }}u == 0u) {
+    # for i in range(kept)
+    partial[(lid % {{ subgroup }}u / {{ apart }}u * {{ kept }}u + {{ i }}u) * {{ partials }}u + lid / {{ subgroup }}u] = acc{{ i }};
     # endfor
   }
   # else

@@ -39,6 +39,17 @@ fn {{ x }}_fetch(m: u32, c: u32) -> Activations {
 }
 # endmacro
 
+{# The same of the chunks of a turn, for m_tile rows: planes of 16 bytes of each chunk, first halves, second halves and sums of a
+   row after one another, as in the binding. Neighbouring lanes meet no bank twice. #}
+# macro staged_activations(x, k, m_tile, lanes)
+var<workgroup> {{ x }}_staged: array<array<vec4<u32>, {{ lanes }}>, {{ 3 * m_tile }}>;
+
+fn {{ x }}_staged_fetch(m: u32, lane: u32) -> Activations {
+  let scales = bitcast<vec4<f32>>({{ x }}_staged[m * 3u + 2u][lane]);
+  return Activations({{ x }}_staged[m * 3u][lane], {{ x }}_staged[m * 3u + 1u][lane], scales.x, scales.y, scales.zw);
+}
+# endmacro
+
 {# Activations of one row that the workgroup makes for itself: a plane for each of the 12 words of a chunk. Planes are 4 words apart modulo 32, so that the lanes that write a chunk meet no bank twice. #}
 # macro plane(k)
 {{ k // 32 + (4 - k // 32) % 32 }}
@@ -70,6 +81,32 @@ fn {{ name }}(w: Ints, x: Activations) -> f32 {
   let sum = x.d * f32(dot16(w.a, x.a) + dot16(w.b, x.b)){{ " - %d.0 * x.total" % offset if offset }};
   return w.s.x * sum{{ " - w.m.x * x.total" if minimum }};
 # endif
+}
+# endmacro
+
+{# sum + the same. Offset and minimum are products of their own, so that every step is one fused operation. #}
+# macro onto(name, offset, halves, minimum)
+fn {{ name }}(sum: f32, w: Ints, x: Activations) -> f32 {
+# if halves
+  let dots = fma(w.s.y, f32(dot16(w.b, x.b)), w.s.x * f32(dot16(w.a, x.a)));
+  var all = fma(x.d, dots, sum);
+# if offset
+  all = fma({{ -offset }}.0 * w.s.x, x.sums.x, all);
+  all = fma({{ -offset }}.0 * w.s.y, x.sums.y, all);
+# endif
+# else
+  var all = fma(w.s.x, x.d * f32(dot16(w.a, x.a) + dot16(w.b, x.b)), sum);
+# if offset
+  all = fma({{ -offset }}.0 * w.s.x, x.total, all);
+# endif
+# endif
+# if minimum == "halves"
+  all = fma(-w.m.x, x.sums.x, all);
+  all = fma(-w.m.y, x.sums.y, all);
+# elif minimum
+  all = fma(-w.m.x, x.total, all);
+# endif
+  return all;
 }
 # endmacro
 

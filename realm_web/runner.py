@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 
 from realm_web import ops
 from realm_web.errors import OutOfDeviceMemory
@@ -131,6 +132,7 @@ class Runner:
         self._arena: dict[str, Tensor] = {}
         # by slot, from the first request on that needs them
         self._tables: dict[str, Tensor] = {}
+        self._masks: dict[int, bytes] = {}  # the rows of the mask, by slot, as they are on the device
         self._adjusted_slots: set[int] = set()  # whose rows of logit bias and token counts are not zero
         self._programs: dict[Bucket, Program] = {}
         self._draws: dict[Bucket, Program] = {}  # the second programs of those `apart`
@@ -179,6 +181,8 @@ class Runner:
                         self.device.free(tensor.buffer)
                 have.clear()
                 have.update(before)
+            if "mask" not in tables:
+                self._masks.clear()
             raise
 
     def run(self, batch: Batch, bucket: Bucket, requests: Sequence[Request]) -> Readback | None:
@@ -194,9 +198,7 @@ class Runner:
 
     def draw(self, bucket: Bucket, masks: dict[int, bytes]) -> Readback:
         """Draw the tokens of the batch just submitted, in each of these slots only those of its mask."""
-        mask = self._tables["mask"]
-        for slot, words in masks.items():
-            self.device.write(mask.buffer, words, 4 * mask.shape[1] * slot)
+        self._write_masks(masks)
         return self.device.submit(self._draws[bucket])
 
     async def read_state(self, slot: int) -> bytes:
@@ -374,6 +376,19 @@ class Runner:
             pool=POOLS.get(request.pooling, StepLayout.NO_POOL),
         )
 
+    def _write_masks(self, masks: Mapping[int, bytes]) -> None:
+        """Those that are not on the device yet, neighbours in one write: each is a copy that the draw awaits.
+
+        Inside of a string, say, the mask is the same after most tokens.
+        """
+        mask = self._table("mask", -(-self.config.n_vocab // 32), "u32")
+        slots = sorted(slot for slot, words in masks.items() if self._masks.get(slot) != words)
+        self._masks.update(masks)
+        for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0]):
+            together = [slot for _, slot in run]
+            words = b"".join(masks[slot] for slot in together)
+            self.device.write(mask.buffer, words, 4 * mask.shape[1] * together[0])
+
     def _write_blocks(self, index: int, blocks: Sequence[int], before: Sequence[int]) -> None:
         """The block table of the index-th sequence, from the first block on that is another than before."""
         start = len(before) if blocks[: len(before)] == before else 0
@@ -397,10 +412,7 @@ class Runner:
             self.device.write(counts.buffer, tally.tobytes(), 4 * n_vocab * slot)
             (self._adjusted_slots.add if "adjust" in wanted else self._adjusted_slots.discard)(slot)
         if "mask" in wanted and "apart" not in wanted:
-            mask = self._table("mask", -(-n_vocab // 32), "u32")
-            self.device.write(
-                mask.buffer, mask_words(n_vocab, banned=request.stop_ids), 4 * mask.shape[1] * slot
-            )
+            self._write_masks({slot: mask_words(n_vocab, banned=request.stop_ids)})
 
 
 def _bucket_for(n: int) -> int:

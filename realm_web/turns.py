@@ -1,4 +1,4 @@
-"""Whose turn it is on a thread that its device keeps while it is waited for: the steps of wgpu-native and Dawn.
+"""Whose turn it is on a thread that the device keeps while it is waited for: steps of wgpu-native and Dawn.
 
 To wait for a result there is to give the thread away, and nothing else happens until the step is done: no
 token reaches who reads it, no new request is heard. So before each wait everybody else has a turn, and a long
@@ -62,10 +62,7 @@ class Foresight:
         return max(0.0, next(self._ends(), now) - now)
 
     def until_all(self, now: float) -> float:
-        end = now
-        for end in self._ends():
-            pass
-        return max(0.0, end - now)
+        return max(0.0, max(self._ends(), default=now) - now)
 
     def forget(self) -> None:
         """None of those in flight will arrive."""

@@ -227,6 +227,28 @@ def test_what_a_grammar_allows_is_all_that_comes(smollm2_path, device):
     assert free == "".join(chunk.text for chunk in alone)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mask_is_written_when_it_changes_and_neighbours_together(tiny_path, device):
+    async def work(engine):
+        runner, written = engine.runner, []
+        n_bytes = 4 * -(-engine.config.n_vocab // 32)
+        write = engine.device.write
+
+        def spy(buffer, data, offset=0):
+            written.append((offset // n_bytes, len(data) // n_bytes))
+            write(buffer, data, offset)
+
+        engine.device.write = spy
+        one, two = bytes(range(1, n_bytes + 1)), bytes(range(2, n_bytes + 2))
+        for masks in ({0: one, 1: two, 3: one}, {0: one, 1: two}, {3: two, 1: one, 2: two}, {}):
+            runner._write_masks(masks)
+        held = await engine.device.read(runner._tables["mask"].buffer, 0, 4 * n_bytes)
+        assert written == [(0, 2), (3, 1), (1, 3)]
+        assert held == one + one + two + two
+
+    run(tiny_path, device, work, max_seqs=4)
+
+
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_lost_device_is_opened_again_and_answers_go_on(tiny_path, at):
     async def work(engine):

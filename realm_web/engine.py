@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from realm_web.answers import Answer, Chunk, Scores
-from realm_web.errors import RequestError
+from realm_web.errors import RealmError, RequestError
 from realm_web.gguf import GGUFFile
 from realm_web.grammar import Matcher, open_grammar
 from realm_web.kvcache import BLOCK_SIZE
@@ -49,6 +49,7 @@ class Engine:
     def __init__(self, model: Model, stepper: Stepper):
         self.model, self.stepper = model, stepper
         self._names = itertools.count()
+        self._opening_grammar = asyncio.Lock()
 
     @classmethod
     async def open(
@@ -197,7 +198,8 @@ class Engine:
         if timeout is not None and not timeout > 0:
             raise RequestError(f"timeout {timeout}: give a number of seconds above 0")
         prompt_ids = self.prompt_ids(prompt)
-        matchers = [await self._matcher(params) for _ in range(params.n)]
+        matcher = await self._matcher(params)
+        matchers = [matcher] + [matcher and matcher.fork() for _ in range(1, params.n)]
         # told apart, so that no tenant can name another's as its own
         salt = b"tenant " + tenant.encode() if cache_salt is None else b"salt " + cache_salt
         seed = params.seed if params.seed is not None else random.getrandbits(32)
@@ -216,7 +218,12 @@ class Engine:
             )
             for i, (request, matcher) in enumerate(zip(requests, matchers, strict=True))
         ]  # fmt: skip
-        self.stepper.add(answers)
+        try:
+            self.stepper.add(answers)
+        except RealmError:
+            for matcher in filter(None, matchers):
+                matcher.close()
+            raise
         if timeout is not None:
             for answer in answers:
                 answer.deadline = asyncio.get_running_loop().call_later(timeout, self.stepper.expire, answer)
@@ -277,9 +284,10 @@ class Engine:
     async def _matcher(self, params: SamplingParams) -> Matcher | None:
         if not params.structured:
             return None
-        if self.stepper.grammars is None:
-            self.stepper.grammars = await open_grammar(self.tokenizer, self.config.n_vocab)
-        return self.stepper.grammars.compile(params.response_format)
+        async with self._opening_grammar:
+            if self.stepper.grammars is None:
+                self.stepper.grammars = await open_grammar(self.tokenizer, self.config.n_vocab)
+        return await self.stepper.grammars.compile_aside(params.response_format)
 
     async def _prompt_only(
         self, ids: tuple[int, ...], task: str, priority: int, tenant: str, **how: Any

@@ -36,6 +36,7 @@ MAX_DEPTH = 16
 # page a result comes back some 4 ms late from a busy GPU, so that two steps would wait for it.
 STEPS_IN_FLIGHT = {"cpu": (1, 1), "browser": (MAX_DEPTH, 8)}
 BLOCKING = ("webgpu", "dawn")  # kinds of device that keep the thread while a result is waited for
+CLOSED = "the engine was closed"
 MOST_RECOVERIES = 3  # of a lost device without one token in between
 
 
@@ -79,6 +80,8 @@ class Stepper:
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Queue answers that are written from now on. RequestError if the scheduler refuses one."""
+        if self._closed:
+            raise RealmError(CLOSED)
         for answer in answers:
             self.scheduler.add(answer.request)
             self.answers[answer.request.id] = answer
@@ -105,7 +108,7 @@ class Stepper:
         if self._busy is not None:
             self._busy.cancel()
             await asyncio.gather(self._busy, return_exceptions=True)
-        self._fail_all(RealmError("the engine was closed"))
+        self._fail_all(RealmError(CLOSED))
         await self.runner.device.synchronize()
         while self._n_in_flight:
             await asyncio.sleep(0)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from test_engine import DEVICES, PROMPT, answer, params, run
 from tiny import write_tiny
 
 from realm_web.engine import Engine
-from realm_web.errors import DeviceLost, OutOfDeviceMemory, RequestError
+from realm_web.errors import DeviceLost, OutOfDeviceMemory, RealmError, RequestError
 from realm_web.runtime.adapters import open_device
 from realm_web.sampler import SamplingParams
 
@@ -225,6 +226,50 @@ def test_what_a_grammar_allows_is_all_that_comes(smollm2_path, device):
     assert re.fullmatch("[0-9]{3}-[0-9]{4}", number)
     assert reasons[:2] == ["stop", "stop"]
     assert free == "".join(chunk.text for chunk in alone)
+
+
+def test_grammars_are_compiled_beside_the_loop_and_those_of_refused_requests_closed(tiny_path, monkeypatch):
+    native = pytest.importorskip("realm_web.grammar.native")
+    pytest.importorskip("llguidance", reason="structured output needs the package llguidance")
+    threads, closed = [], []
+    compile_, open_, close = (
+        native.NativeGrammarEngine._compile,
+        native.NativeGrammarEngine.__init__,
+        native.NativeMatcher.close,
+    )
+
+    def aside(method):
+        def call(*args):
+            threads.append((method.__name__, threading.current_thread() is threading.main_thread()))
+            return method(*args)
+
+        return call
+
+    monkeypatch.setattr(native.NativeGrammarEngine, "_compile", aside(compile_))
+    monkeypatch.setattr(native.NativeGrammarEngine, "__init__", aside(open_))
+    monkeypatch.setattr(native.NativeMatcher, "close", lambda self: (closed.append(self), close(self)))
+    wanted = {"response_format": {"type": "regex", "regex": "[a-z]+"}, "n": 3}
+
+    async def work(engine):
+        both = await asyncio.gather(
+            whole(engine, PROMPT * 20, **wanted), whole(engine, PROMPT * 20, **wanted), return_exceptions=True
+        )
+        assert all(isinstance(error, RequestError) for error in both)
+        assert len(closed) == 6
+        assert [name for name, _ in threads].count("__init__") == 1
+        assert not any(is_main for _, is_main in threads)
+
+    run(tiny_path, "cpu", work)
+
+
+def test_a_closed_engine_says_so(tiny_path):
+    async def main():
+        engine = await Engine.open(tiny_path, device="cpu")
+        await engine.close()
+        with pytest.raises(RealmError, match="the engine was closed"):
+            await answer(engine, PROMPT)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("device", DEVICES)

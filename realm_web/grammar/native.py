@@ -10,6 +10,7 @@ spreads masks over threads of the library's own.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import re
@@ -82,6 +83,9 @@ class NativeGrammarEngine:
         if constraint is None:
             raise RequestError("response_format asks for any text: there is nothing to compile")
         return NativeMatcher(self, self._compiled(constraint).deep_copy())
+
+    async def compile_aside(self, response_format: Mapping[str, object]) -> NativeMatcher:
+        return await asyncio.get_running_loop().run_in_executor(None, self.compile, response_format)
 
     def fill(self, rows: Rows, masks: bytearray) -> None:
         n_bytes = len(self.end_mask)

@@ -64,6 +64,9 @@ class OwnGrammarEngine:
             raise RequestError("response_format asks for any text: there is nothing to compile")
         return OwnMatcher(self, self._compiled(constraint))
 
+    async def compile_aside(self, response_format: Mapping[str, object]) -> OwnMatcher:
+        return self.compile(response_format)
+
     def fill(self, rows: Rows, masks: bytearray) -> None:
         n_bytes = len(self.end_mask)
         for matcher, row in rows:

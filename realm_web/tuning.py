@@ -33,6 +33,8 @@ ROWS = (1, MATVEC_ROWS)  # of activations: one conversation, and as many as one 
 CALLS = 24  # of a variant in a run, over as many layers' weights
 RUNS = 4
 WARM_UP = 0.01  # seconds
+ROUNDED = 1e-4  # seconds, to which Chromium rounds timestamps, unless started with special flags
+LONGER = 10  # times as many calls make a run, where timestamps are rounded
 
 
 class Store(Protocol):
@@ -104,12 +106,12 @@ class Product:
         weight = self.weights[0]
         return shape_of(r, self.input(r), weight, r.n_rows, self.act, to_bytes=self.to_bytes(r))
 
-    def record(self, r: Recorder) -> None:
+    def record(self, r: Recorder, calls: int = CALLS) -> None:
         """The product again and again, over the weights of many layers: caches are as cold as in a pass."""
         x, to_bytes = self.input(r), self.to_bytes(r)
         n = self.weights[0].n // (2 if self.act else 1)
         out = r.scratch("out", r.n_rows, activation_words(n) if to_bytes else n)
-        for i in range(CALLS):
+        for i in range(calls):
             weight = self.weights[i % len(self.weights)]
             linear(r, x, weight, out, act=self.act, to_bytes=to_bytes)
 
@@ -253,6 +255,7 @@ class _Bench:
 
     def __init__(self, device: Device, products: Sequence[Product]):
         self._device, self._products = device, products
+        self._rounded: bool | None = None  # not known yet
         self._layout = StepLayout(max_rows=MATVEC_ROWS, max_seqs=1, max_blocks=1)
         rows = range(MATVEC_ROWS)
         words = self._layout.pack(
@@ -294,19 +297,33 @@ class _Bench:
         device, shape = self._device, self.shape(product, m)
         default = default_matvec(device, shape, ints=True)
         tried = candidates(default, shape, device.limits.max_invocations)
-        programs = []
-        for variant in tried:
-            device.tuned = {str(shape): variant}
-            r = self._recorder(m)
-            product.record(r)
-            programs.append(r.program)
+        programs = [self._program(product, m, shape, variant) for variant in tried]
         await device.compile()
         await self._warm_up(programs[0])
-        nbytes = product.weights[0].nbytes
+        calls, nbytes = CALLS, product.weights[0].nbytes
+        if await self._rounds(programs[0]):
+            calls *= LONGER
+            programs = [self._program(product, m, shape, variant, calls) for variant in tried]
         return [
-            Timing(str(shape), variant, await self._seconds(program) / CALLS, nbytes)
+            Timing(str(shape), variant, await self._seconds(program) / calls, nbytes)
             for variant, program in zip(tried, programs, strict=True)
         ]
+
+    def _program(
+        self, product: Product, m: int, shape: Shape, variant: Matvec, calls: int = CALLS
+    ) -> Program:
+        self._device.tuned = {str(shape): variant}
+        r = self._recorder(m)
+        product.record(r, calls)
+        return r.program
+
+    async def _rounds(self, program: Program) -> bool:
+        """Whether timestamps are too coarse to tell of single steps."""
+        if self._rounded is None:
+            has_them = "timestamps" in self._device.features
+            spent = await self._device.time_program(program, 1) if has_them else []
+            self._rounded = has_them and all(round(1e9 * s) % round(1e9 * ROUNDED) == 0 for s in spent)
+        return self._rounded
 
     async def _warm_up(self, program: Program) -> None:
         """A GPU that has waited for the compiler runs slowly at first."""
@@ -321,6 +338,8 @@ class _Bench:
         if "timestamps" not in device.features:
             return await profiler.timed(device, program, RUNS)
         device.submit(program)
+        if self._rounded:
+            return (await device.time_program(program, RUNS // 2, whole=True))[0]
         spent = await device.time_program(program, RUNS)
         steps = zip(program.steps, spent, strict=True)
         return sum(seconds for step, seconds in steps if step.kernel.name == "matvec")

@@ -123,6 +123,22 @@ def test_products_are_measured_once_and_then_remembered(device, tmp_path):
     assert len(said) == 2
 
 
+def test_rounded_timestamps_are_taken_of_longer_runs_as_a_whole(device, tmp_path, monkeypatch):
+    asked = []
+
+    async def time_program(program, runs=16, *, whole=False):
+        asked.append((len(program.steps), runs, whole))
+        steps = 1 if whole else len(program.steps)
+        return [max(1, round(1e-6 * len(program.steps) / tuning.ROUNDED)) * tuning.ROUNDED] * steps
+
+    monkeypatch.setattr(device, "time_program", time_program)
+    timings = asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path)))
+    assert asked[0][1:] == (1, False) and asked[0][0] < 2 * tuning.CALLS
+    assert len(asked) == 1 + len(timings)
+    assert all(n >= tuning.CALLS * tuning.LONGER and whole for n, _, whole in asked[1:])
+    assert all(0 < t.seconds < tuning.ROUNDED / tuning.CALLS for t in timings)
+
+
 def test_damaged_memories_are_measured_again(device, tmp_path):
     (tmp_path / tuning.store_name(device)).write_text("{")
     assert asyncio.run(tuning.tune(device, matrices(device), tuning.FileStore(tmp_path)))

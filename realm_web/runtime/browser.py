@@ -235,7 +235,8 @@ def _info(info: Any, features: list[str], limits: dict[str, int]) -> AdapterInfo
 
 
 class BrowserBackend:
-    tick = 1e-9  # but Chromium rounds to 100 us, unless started with --enable-webgpu-developer-features
+    # But Chromium rounds to 100 us, unless started with --enable-unsafe-webgpu.
+    tick = 1e-9
 
     def __init__(self, device: Any, info: AdapterInfo):
         self.info, self._device = info, device

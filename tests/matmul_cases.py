@@ -135,47 +135,59 @@ def quantised(x: np.ndarray) -> np.ndarray:
 
 
 def sum_cases() -> Iterator[Case]:
-    m, m_pad, wide = 5, 16, activation_words
+    m, m_pad, words = 5, 16, activation_words
 
-    def case(n, act, splits, *, scaled=False, ints=False, norm=False, width=1, offset=0, wg=64):
+    def case(n, act, splits, *, scaled=False, made="", norm=False, kept=True, width=1, offset=0, wg=64):
         stride = -(-n * (2 if act else 1) // 64) * 64
-        out_stride = wide(n) if ints else n + offset
-        epilogue = {"bias": True, "residual": not ints, "scale": 0.5, "softcap": 3.0}
-        if ints or norm:  # the bytes of values that no softcap has brought to the middle between two
-            epilogue |= {"softcap": 0.0, "scale": 1.0}
+        # what no softcap has brought near the middle between two bytes
+        epilogue = {"scale": 0.5, "softcap": 3.0} if not made else {"scale": 1.0, "softcap": 0.0}
 
         def tensors(rng):
             step = step_words([(0, 2), (2, 3)], rng=rng)
-            rows = [2.0 ** rng.integers(-3, 3, m).astype(np.float32)] * scaled
-            bias = normal(rng, n + offset)
-            out = np.zeros((m + 1, out_stride), np.uint32) if ints else normal(rng, m + 1, out_stride)
-            made = [normal(rng, n), np.zeros((m + 1, wide(n)), np.uint32)] * norm
-            return [step, normal(rng, splits, m_pad, stride), *rows, bias, out, *made]
+            rows = [2.0 ** rng.integers(-3, 3, m + 1).astype(np.float32)] * scaled
+            given = [normal(rng, n + offset), *[normal(rng, m + 1, n + offset)] * kept]
+            given += [normal(rng, n)] * norm
+            if made == "bytes":
+                given += [np.zeros((m + 1, words(n)), np.uint32)]
+            elif made == "halves":
+                given += [np.zeros((m + 1, n), np.float16), np.zeros(m + 1, np.float32)]
+            return [step, normal(rng, splits, m_pad, stride), *rows, *given]
 
         consts = {
-            "n": n, "act": act, **epilogue, "out_stride": out_stride, "out_offset": offset, "per_seq": False,
-            "st": ST, "splits": splits, "m_pad": m_pad, "stride": stride, "group": 16, "scaled": scaled,
-            "ints": ints, "norm": norm, "eps": 1e-5 if norm else 0.0, "width": width, "wg": wg,
-            "subgroup": -1 if ints or norm else 0,
+            "n": n, "act": act, "bias": True, "residual": kept, **epilogue, "out_stride": n + offset,
+            "out_offset": offset, "per_seq": False, "st": ST, "splits": splits, "m_pad": m_pad,
+            "stride": stride, "group": 16, "scaled": scaled, "made": made, "norm": norm,
+            "eps": 1e-5 if norm else 0.0, "kept": kept, "rows": m + 1, "width": width, "wg": wg,
+            "subgroup": -1 if made else 0,
         }  # fmt: skip
-        name = f"matmul_sum {n} of {splits}{' ' * bool(act) + act}{' scaled' * scaled} by {width}"
-        out, chunks = 3 + scaled, ints or norm
-        grid, needs = (1 if norm else -(-n // (width * wg)), m + 1), ("subgroups",) * chunks
-        if not ints:
-            yield Case(
-                name + " normed" * norm, "matmul_sum", consts, tensors, (out,), grid, FMA, needs, -chunks
+        name = (
+            f"matmul_sum {n} of {splits}{' ' * bool(act) + act}{' scaled' * scaled} by {width}"
+            f"{' normed' * norm}"
+        )
+        grid = (1 if norm or made == "halves" else -(-n // (width * wg)), m + 1)
+        needs, subgroup = (("subgroups",), -1) if made else ((), 0)
+
+        def output(what, index, tolerance, dtype="f32"):
+            return Case(
+                name + what, "matmul_sum", consts, tensors, (index,), grid, tolerance, needs, subgroup, dtype
             )
-        if chunks:
-            out += 2 * norm
-            yield Case(
-                f"{name} to bytes{' normed' * norm}", "matmul_sum", consts, tensors, (out,), grid, STEP,
-                needs, subgroup=-1, dtype=f"bytes of {n}",
-            )  # fmt: skip
+
+        out = 3 + scaled
+        if kept:
+            yield output("", out, FMA)
+        after = out + kept + norm
+        if made == "bytes":
+            yield output(" to bytes", after, STEP, f"bytes of {n}")
+        elif made == "halves":
+            yield output(" to halves", after, 1e-3, "f16")  # packing may truncate: one unit of f16
+            yield output(" scale", after + 1, 0.0)
 
     yield from case(70, "", 2, offset=2)
     yield from case(70, "silu_mul", 3, scaled=True, offset=2)
     yield from case(72, "", 2, scaled=True, offset=4, width=4)
     yield from case(272, "gelu_mul", 3, width=4)
-    yield from case(288, "silu_mul", 2, ints=True, width=4)
-    yield from case(320, "", 2, norm=True, width=4)
-    yield from case(64, "", 8, norm=True, width=4, scaled=True)
+    yield from case(288, "silu_mul", 2, made="bytes", kept=False, width=4)
+    yield from case(320, "", 2, made="bytes", norm=True, width=4)
+    yield from case(64, "", 8, made="bytes", norm=True, width=4, scaled=True)
+    yield from case(288, "silu_mul", 2, made="halves", kept=False, width=4, scaled=True)
+    yield from case(320, "", 2, made="halves", norm=True, width=4, scaled=True)

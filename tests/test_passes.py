@@ -9,6 +9,7 @@ from probe import greedy, last_logits
 
 from realm_web.engine import Engine
 from realm_web.ops import matmuls
+from realm_web.runner import Bucket
 
 PROMPT = list(range(5, 45))
 
@@ -30,10 +31,34 @@ def test_sums_of_shares_make_the_next_products_bytes(tmp_path, monkeypatch):
     model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=512, quant="Q4_K")
     monkeypatch.setattr(matmuls, "LEAST_TURNS", 1)  # a tiny model's products are worth few shares
     together, labels = asyncio.run(run(model.path))
-    normed = [label for label in labels if label.endswith("and norm")]
+    normed = [label for label in labels if label.endswith("and norm to bytes")]
     assert len(normed) == 3  # two layers, and no norm after the last
     assert "quantise hidden" not in labels
-    monkeypatch.setattr(matmuls, "whole_chunks", lambda device, n: False)
+    monkeypatch.setattr(matmuls, "_can_make", lambda device, x: False)
     apart, others = asyncio.run(run(model.path))
     assert len(others) == len(labels) + len(normed) + 2
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()  # a byte may be rounded the other way
+
+
+def test_on_matrix_units_sums_make_halves(tmp_path, monkeypatch):
+    """Recorded only: the software device has no such units."""
+    model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=512, quant="Q4_K")
+    monkeypatch.setattr(matmuls, "LEAST_TURNS", 1)
+
+    async def record() -> list[str]:
+        engine = await Engine.open(model.path, device="webgpu", context=256, max_seqs=1, exact=False)
+        try:
+            device = engine.device
+            device.limits = replace(device.limits, max_shared=48 << 10)
+            device.info = replace(device.info, adapter_type="DiscreteGPU", subgroup_size=32)
+            device.features = device.features | {"subgroup_matrix", "f16", "subgroups"}
+            bucket = Bucket(32, 1, 256, decode=False)
+            engine.runner._record(bucket)
+            return [step.label for step in engine.runner._programs[bucket].steps]
+        finally:
+            await engine.close()
+
+    labels = asyncio.run(record())
+    assert sum(label.endswith("and norm to halves") for label in labels) == 3
+    assert sum("ffn_gate+ffn_up to halves" in label for label in labels) == 2
+    assert "half_rows hidden" not in labels

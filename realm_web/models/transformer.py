@@ -47,8 +47,10 @@ class Linear:
         for weight, offset in self.weights:
             ops.linear(r, x, weight, out, bias=self.bias, out_offset=offset, **options)
 
-    def takes_bytes(self, r: Recorder) -> bool:
-        return all(ops.takes_bytes(r, weight) for weight, _ in self.weights)
+    def form(self, r: Recorder) -> str:
+        """As what the rows of a pass are taken, if all weights agree."""
+        forms = {ops.form_of(r, weight) for weight, _ in self.weights}
+        return forms.pop() if len(forms) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,18 @@ class FeedForward:
             self.gate_up.record(r, x, rows, act=act, to_bytes=True)
             self.down.record(r, Activations.made(rows, n, k), out, **options)
             return
-        hidden = r.scratch("hidden", n, k)
+        hidden = Activations(r.scratch("hidden", n, k), name="hidden", form=self.down.form(r), only=True)
         if self.fused_act:
-            self.gate_up.record(r, x, hidden, act=act)
+            self.gate_up.record(r, x, hidden.x, act=act, then=hidden)
         else:
             both = r.scratch("gate and up", r.n_rows, self.gate_up.n)
             self.gate_up.record(r, x, both)
-            ops.gated(r, both, hidden, act)
-        self.down.record(r, Activations(hidden, name="hidden"), out, **options)
+            ops.gated(r, both, hidden.x, act)
+        self.down.record(r, hidden, out, **options)
 
     def _takes_bytes(self, r: Recorder, act: str) -> bool:
         (gate_up, _), *_ = self.gate_up.weights
-        return self.down.takes_bytes(r) and ops.makes_bytes(r, gate_up, act)
+        return self.down.form(r) == "bytes" and ops.makes_bytes(r, gate_up, act)
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ class Transformer:
         part: Attention | ShortConv | FeedForward | Experts,
     ) -> Activations:  # fmt: skip
         """What this part of a layer makes of x."""
-        as_bytes = part.input is not None and part.input.takes_bytes(r)
-        return Activations(x, weight, self.config.norm_eps, name="normed", as_bytes=as_bytes)
+        form = part.input.form(r) if part.input else ""
+        return Activations(x, weight, self.config.norm_eps, name="normed", form=form)
 
     def _add(
         self, r: Recorder, record: Callable[..., None], post_norm: Tensor | None, x: Tensor,

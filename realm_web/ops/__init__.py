@@ -6,7 +6,7 @@ all of them compute the same function.
 
 from realm_web.ops.activations import Activations
 from realm_web.ops.attend import HeadNorm, Pages, Rope, attention, contexts, query_tile
-from realm_web.ops.matrices import MATVEC_ROWS, goes_with, linear, makes_bytes, takes_bytes
+from realm_web.ops.matrices import MATVEC_ROWS, form_of, goes_with, linear, makes_bytes
 from realm_web.ops.moe import experts, route
 from realm_web.ops.recorder import Recorder
 from realm_web.ops.rows import State, embed, gated, qk_norm, rmsnorm, short_conv
@@ -15,6 +15,6 @@ from realm_web.ops.score import pool, row_scores
 
 __all__ = [
     "MATVEC_ROWS", "Activations", "HeadNorm", "Pages", "Recorder", "Rope", "State", "attention", "contexts",
-    "embed", "experts", "gated", "goes_with", "linear", "makes_bytes", "pool", "qk_norm", "query_tile",
-    "rmsnorm", "route", "row_scores", "sample", "short_conv", "takes_bytes",
+    "embed", "experts", "form_of", "gated", "goes_with", "linear", "makes_bytes", "pool", "qk_norm",
+    "query_tile", "rmsnorm", "route", "row_scores", "sample", "short_conv",
 ]  # fmt: skip

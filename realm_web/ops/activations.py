@@ -8,7 +8,7 @@ once; a product of one row may ask for none, and make its own (`matvec.wgsl`).
 from __future__ import annotations
 
 from realm_web.ops.recorder import Recorder
-from realm_web.ops.rows import rmsnorm
+from realm_web.ops.rows import rmsnorm, row_threads
 from realm_web.quants import activation_words
 from realm_web.tensor import Tensor
 
@@ -17,14 +17,15 @@ class Activations:
     """Rows of x, (n, k), normed with the weights `norm` if there are any.
 
     `gather`: those of the last norm, from which tokens are drawn, one for each sequence. `name` is of the
-    scratch memory. `as_bytes`: who takes them takes bytes, so what makes x may make those too.
+    scratch memory. `form`: as what they are taken ("bytes", "halves", "" for neither or unknown), so that
+    what makes x may make them at once; with `only` nobody else looks at x, which then need not be there.
     """
 
     def __init__(
         self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, *,
-        name: str = "", gather: bool = False, as_bytes: bool = False,
+        name: str = "", gather: bool = False, form: str = "", only: bool = False,
     ):  # fmt: skip
-        self.x, self.norm, self.eps, self.gather, self.as_bytes = x, norm, eps, gather, as_bytes
+        self.x, self.norm, self.eps, self.gather, self.form, self.only = x, norm, eps, gather, form, only
         self._name = name or "activations"
         self._floats: Tensor | None = None if norm else x
         self._bytes: Tensor | None = None
@@ -67,22 +68,25 @@ class Activations:
                 self._quantise(r, self.floats(r), self._bytes)
         return self._bytes
 
-    def to_fill(self, r: Recorder) -> Tensor:
-        """Where what makes x puts the bytes too: from then on they are there."""
+    def to_fill(self, r: Recorder) -> tuple[Tensor, ...]:
+        """Where what makes x is to put them in their form: from then on they are there."""
+        if self.only:
+            self._floats = None
+        if self.form == "halves":
+            self._halves = self._halves_of(r)
+            return self._halves
         self._bytes = self._bytes_of(r)
-        return self._bytes
+        return (self._bytes,)
 
     def halves(self, r: Recorder) -> tuple[Tensor, Tensor]:
         """(k / 8, n, 8) f16 and the scales (n,) f32 of its rows, for matrix units."""
         if self._halves is None:
-            n, wg = self._n(r), 256 if self.k <= 8192 else min(512, r.device.limits.max_invocations)
-            y = r.scratch(f"{self._name} in halves", n, self.k // 2)
-            scale = r.scratch(f"scales of {self._name}", n)
-            subgroup = r.device.subgroup_size if wg % max(r.device.subgroup_size, 1) == 0 else 0
+            n, (y, scale) = self._n(r), self._halves_of(r)
             norm = self.norm is not None and self._floats is None
             kernel = r.device.kernel(
                 "half_rows", k=self.k, rows=n, norm=norm, eps=self.eps if norm else 0.0,
-                gather=norm and self.gather, per_seq=self.gather, wg=wg, subgroup=subgroup, st=r.layout,
+                gather=norm and self.gather, per_seq=self.gather, wg=row_threads(r.device, self.k),
+                subgroup=r.device.subgroup_size, st=r.layout,
             )  # fmt: skip
             rows = (self.x, self.norm) if norm else (self.floats(r),)
             r.add(kernel, (r.step, *rows, y, scale), (n,), f"half_rows {self._name}")
@@ -91,6 +95,11 @@ class Activations:
 
     def _bytes_of(self, r: Recorder) -> Tensor:
         return r.scratch(f"{self._name} in bytes", self._n(r), activation_words(self.k))
+
+    def _halves_of(self, r: Recorder) -> tuple[Tensor, Tensor]:
+        n = self._n(r)
+        y = r.scratch(f"{self._name} in halves", n, self.k // 2)
+        return y, r.scratch(f"scales of {self._name}", n)
 
     def _n(self, r: Recorder) -> int:
         return r.n_seqs if self.gather else self.x.shape[0]

@@ -12,7 +12,7 @@ from realm_web.ops.recorder import Recorder
 from realm_web.ops.rows import row_threads
 from realm_web.quants import QuantFormat
 from realm_web.runtime.device import Device, View
-from realm_web.tensor import Tensor, Weight
+from realm_web.tensor import Tensor
 
 ENOUGH = 512  # workgroups that fill a large GPU
 MOST_SHARES = 8
@@ -124,13 +124,12 @@ def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
 
 def record(
     r: Recorder, x: Activations, weight: QuantFormat, parts: Sequence[View], bias: Tensor | None, out: Tensor,
-    consts: dict[str, Any], *, label: str, per_seq: bool, exact: bool, to_bytes: bool = False,
+    consts: dict[str, Any], *, label: str, per_seq: bool, exact: bool,
     then: Activations | None = None,
 ) -> None:  # fmt: skip
     """Record the product of many rows. `consts` as the epilogue and the weight have them.
 
-    `to_bytes` (if it `sums_shares`): out is rows of bytes. `then`: the activations to be made of out, filled
-    where that takes no pass of its own.
+    `then`: the activations to be made of out, which are if that takes no pass of its own.
     """
     m = r.n_seqs if per_seq else r.n_rows
     n = consts["n"] * (2 if consts["act"] else 1)
@@ -156,41 +155,39 @@ def record(
     for of_weight in ("fmt", "k", "rows"):
         consts.pop(of_weight, None)
     consts |= {"splits": tiles.splits, "m_pad": m_pad, "stride": stride, "group": tiles.group}
-    _sum(r, consts, (r.step, shares, *scale, *after), m, label, bool(scale), to_bytes, then)
+    consts["scaled"] = bool(scale)
+    _sum(r, consts, (r.step, shares, *scale), bias, out, m, label, then)
 
 
 def _sum(
-    r: Recorder, consts: dict[str, Any], views: tuple[View, ...], m: int, label: str, scaled: bool,
-    to_bytes: bool, then: Activations | None,
+    r: Recorder, consts: dict[str, Any], views: tuple[View, ...], bias: Tensor | None, out: Tensor, m: int,
+    label: str, then: Activations | None,
 ) -> None:  # fmt: skip
-    """Record the pass that sums the shares, and makes activations of what comes out."""
+    """Record the pass that sums the shares, and makes `then` of what comes out if it can."""
     n, width = consts["n"], 4
     if n % 4 or consts["out_stride"] % 4 or consts["out_offset"] % 4:
         width = 1
-    row_is_whole = n == consts["out_stride"] and whole_chunks(r.device, n)
-    if then is not None and not (then.as_bytes and then.norm and row_is_whole):
+    if then is not None and not (n == consts["out_stride"] and _can_make(r.device, then)):
         then = None
-    wg = row_threads(r.device, n) if then else 64
+    made = then.form if then else ""
+    normed, kept = then is not None and then.norm is not None, then is None or not then.only
+    by_rows = normed or made == "halves"
+    wg = row_threads(r.device, n) if by_rows else 64
     kernel = r.device.kernel(
-        "matmul_sum", **consts, scaled=scaled, ints=to_bytes, norm=then is not None,
-        eps=then.eps if then else 0.0, width=width, wg=wg,
-        subgroup=r.device.subgroup_size if then or to_bytes else 0,
+        "matmul_sum", **consts, made=made, norm=normed, eps=then.eps if normed else 0.0, kept=kept, rows=m,
+        width=width, wg=wg, subgroup=r.device.subgroup_size if made else 0,
     )  # fmt: skip
-    made = (then.norm, then.to_fill(r)) if then else ()
-    grid = (1 if then else -(-n // (width * wg)), m)
-    r.add(kernel, (*views, *made), grid, f"{kernel.name} {label}{' and norm' * bool(then)}")
+    given = [*views, *([bias] if bias else []), *([out] if kept else []), *([then.norm] if normed else [])]
+    grid = (1 if by_rows else -(-n // (width * wg)), m)
+    name = f"{kernel.name} {label}{' and norm' * normed}{f' to {made}' if made else ''}"
+    r.add(kernel, [*given, *(then.to_fill(r) if then else ())], grid, name)
 
 
-def sums_shares(r: Recorder, weight: Weight, act: str) -> bool:
-    """Whether the product with this weight, in one piece, ends with a pass over shares of k."""
-    n = weight.shards[0].n_rows
-    x_as = form_of(r, weight.fmt, False)
-    return choose(r.device, x_as, weight.fmt.name, act, n, weight.k, r.n_rows).splits > 1
-
-
-def whole_chunks(device: Device, n: int) -> bool:
-    """Whether neighbouring threads can bring rows of n values into bytes."""
-    return n % 32 == 0 and 8 <= device.subgroup_size <= 64
+def _can_make(device: Device, x: Activations) -> bool:
+    """Whether the pass that sums shares can make x: bytes take neighbours that can talk to each other."""
+    if not (x.norm or x.only) or x.k % 32:
+        return False
+    return x.form == "halves" or (x.form == "bytes" and 8 <= device.subgroup_size <= 64)
 
 
 def has_units(device: Device) -> bool:

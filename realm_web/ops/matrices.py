@@ -158,7 +158,7 @@ def linear(
         if m > _most_rows(r, weight, exact):
             matmuls.record(
                 r, x, weight.fmt, shard.parts, bias, out, consts,
-                label=weight.label, per_seq=per_seq, exact=exact, to_bytes=to_bytes, then=then,
+                label=weight.label, per_seq=per_seq, exact=exact, then=then,
             )  # fmt: skip
             continue
         ints = r.ints and weight.fmt.is_quantised and not exact
@@ -210,26 +210,20 @@ def shape_of(
 def makes_bytes(r: Recorder, weight: Weight, act: str) -> bool:
     """Whether the product with this weight can bring what it makes into bytes: whole chunks in a workgroup.
 
-    Of one row, or where a pass sums the shares of many: for a few rows, workgroups that large are slower than
-    a kernel of its own.
+    Of one row only: for more, workgroups that large are slower than a kernel of its own.
     """
     n = weight.shards[0].n_rows // (2 if act else 1)
-    if not (r.ints and weight.fmt.is_quantised and len(weight.shards) == 1):
-        return False
-    if r.n_rows > _most_rows(r, weight, exact=False):
-        return matmuls.whole_chunks(r.device, n) and matmuls.sums_shares(r, weight, act)
     return (
-        r.n_rows == 1 and n % 32 == 0 and 8 <= r.device.subgroup_size <= 32
-        and r.device.limits.max_invocations >= 256
+        r.ints and r.n_rows == 1 and weight.fmt.is_quantised and len(weight.shards) == 1 and n % 32 == 0
+        and 8 <= r.device.subgroup_size <= 32 and r.device.limits.max_invocations >= 256
     )  # fmt: skip
 
 
-def takes_bytes(r: Recorder, weight: Weight) -> bool:
-    """Whether the product of a pass's rows with this weight takes them as bytes."""
-    if not (r.ints and weight.fmt.is_quantised):
-        return False
-    few = r.n_rows <= _most_rows(r, weight, exact=False)
-    return few or matmuls.form_of(r, weight.fmt, exact=False) == "ints"
+def form_of(r: Recorder, weight: Weight) -> str:
+    """As what a product of a pass's rows with this weight takes them: "bytes", "halves", or "" for floats."""
+    if r.n_rows <= _most_rows(r, weight, exact=False):
+        return "bytes" if r.ints and weight.fmt.is_quantised else ""
+    return {"ints": "bytes", "halves": "halves", "f32": ""}[matmuls.form_of(r, weight.fmt, exact=False)]
 
 
 def goes_with(r: Recorder, x: Activations, weight: Weight, second: Weight) -> bool:

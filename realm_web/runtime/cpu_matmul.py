@@ -49,10 +49,15 @@ def half_rows(c: dict[str, Any], views: list[np.ndarray]) -> None:
         x = x[to]
     if weight is not None:
         x = x * rms_factor(x, c["eps"]) * weight
+    _put_halves(y, scale, to, x)
+
+
+def _put_halves(y: np.ndarray, scale: np.ndarray, to: np.ndarray, x: np.ndarray) -> None:
+    """Rows x into rows `to` of y (k / 8, rows, 8) and scale (rows,)."""
     top = np.abs(x).max(axis=1).view(np.uint32) & 0x7F800000
     power = np.clip(top, 0x08000000, 0x7E000000).astype(np.uint32).view(np.float32)
     scale[to] = power / WEIGHTS_TIMES
-    y[:, to] = _swapped(x / power[:, None]).reshape(len(to), k // 8, 8).transpose(1, 0, 2)
+    y[:, to] = _swapped(x / power[:, None]).reshape(len(to), -1, 8).transpose(1, 0, 2)
 
 
 def matmul_units(c: dict[str, Any], views: list[np.ndarray]) -> None:
@@ -76,14 +81,14 @@ def matmul_sum(c: dict[str, Any], views: list[np.ndarray]) -> None:
     y = parts[:, :m].sum(axis=0)[:, columns]
     if c["scaled"]:
         y = y * v.f32()[:m, None]
-    if c["ints"]:
-        y = _epilogue(c, v, y)
-        put_bytes(v.u32(-1, activation_words(c["n"])), slice(m), *to_bytes(y))
-        return
-    y = _store(c, v, y)
+    y = _store(c, v, y) if c["kept"] else _epilogue(c, v, y)
+    factor, n = np.float32(1), c["n"]
     if c["norm"]:
-        weight, rows = v.f32(c["n"]), v.u32(-1, activation_words(c["n"]))
-        put_bytes(rows, slice(m), *to_bytes(y * weight), rms_factor(y, c["eps"]))
+        factor, y = rms_factor(y, c["eps"]), y * v.f32(n)
+    if c["made"] == "bytes":
+        put_bytes(v.u32(-1, activation_words(n)), slice(m), *to_bytes(y), factor)
+    elif c["made"] == "halves":
+        _put_halves(v.f16(n // 8, c["rows"], 8), v.f32(), np.arange(m), y * factor)
 
 
 TWINS: dict[str, Twin] = {twin.__name__: twin for twin in (matmul, half_rows, matmul_units, matmul_sum)}

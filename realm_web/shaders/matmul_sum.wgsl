@@ -1,22 +1,24 @@
 // out[m, offset + n] = epilogue(sum over s of part[s, m, column of n]): the second pass of a product cut along k.
-// step;  part (splits, m_pad, stride) f32;  [x_scale (n_rows,) f32 with `scaled`];
-// [bias (out_stride,) f32];  out (n_rows, out_stride) f32, which is added to with `residual`;
-// [norm (n,) f32, rows (n_rows) rows of lib/ints.wgsl: what became of out, normed with `eps`, in 8 bits]
-// With `ints` out is rows of lib/ints.wgsl itself. Both take subgroups of 8 or more and n a multiple of 32.
+// step;  part (splits, m_pad, stride) f32;  [x_scale (n_rows,) f32 with `scaled`];  [bias (out_stride,) f32];
+// [kept: out (n_rows, out_stride) f32, which is added to with `residual`];  [norm: norm_weight (n,) f32]
+// [made "bytes": y (n_rows) rows of lib/ints.wgsl; "halves": y and scale as in half_rows.wgsl: what became of out,
+// normed with `eps` if there is a norm]
 // With act columns are `group` gates, their values, the next `group` gates...
-// A thread has `width` columns (1 or 4) next to each other; where there is a norm, as many such as a row has for a workgroup.
-// No load waits for another, so rows that are not there are read too.
+// A thread has `width` columns (1 or 4) next to each other; where a row is looked at as a whole, a workgroup's share of those.
+// No load waits for another, so rows that are not there are read too. "bytes" takes subgroups of 8 or more, n whole chunks.
 // constants: n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq, st;  splits, m_pad, stride, group, scaled,
-// ints, norm, eps, width, wg, subgroup
-// grid: (ceil(n / width / wg), or 1 with norm; n_rows, 1)
+// made, norm, eps, kept, rows (of y at most), width, wg, subgroup
+// grid: (ceil(n / width / wg), or 1 with norm or "halves"; n_rows, 1)
 # import "lib/epilogue.wgsl" as epilogue
+# import "lib/halves.wgsl" as halves
 # import "lib/quantise.wgsl" as quantise
 # import "lib/reduce.wgsl" as lib
 # set count = st.N_SEQS if per_seq else st.N_ROWS
 # set t = "vec4<f32>" if width == 4 else "f32"
 # set columns = n // width
-# set items = (columns + wg - 1) // wg if norm else 1
-{{ "enable subgroups;" if subgroup and (ints or norm) }}
+# set whole = norm or made == "halves"
+# set items = (columns + wg - 1) // wg if whole else 1
+{{ "enable subgroups;" if subgroup and made }}
 {{ bind("step", "u32") }}
 {{ bind("part", t) }}
 # if scaled
@@ -25,13 +27,21 @@
 # if bias
 {{ bind("bias", t) }}
 # endif
-{{ bind("out", "u32" if ints else t, "read_write") }}
+# if kept
+{{ bind("out", t, "read_write") }}
+# endif
 # if norm
 {{ bind("norm_weight", t) }}
-{{ bind("rows", "u32", "read_write") }}
 {{ lib.workgroup_reduce("sum", "add", wg, subgroup, once=true) }}
 # endif
-{{ quantise.functions() if ints or norm }}
+# if made == "bytes"
+{{ bind("y", "u32", "read_write") }}
+{{ quantise.functions() }}
+# elif made == "halves"
+{{ bind("y", "vec2<u32>", "read_write") }}
+{{ bind("scale", "f32", "read_write") }}
+{{ lib.workgroup_reduce("highest", "max", wg, subgroup, once=true) }}
+# endif
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -42,7 +52,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endif
   let to = m * {{ out_stride // width }}u + {{ out_offset // width }}u;
   # for i in range(items)
-  let at{{ i }} = {{ "lid + %du" % (i * wg) if norm else "wid.x * %du + lid" % wg }};
+  let at{{ i }} = {{ "lid + %du" % (i * wg) if whole else "wid.x * %du + lid" % wg }};
   let n{{ i }} = min(at{{ i }}, {{ columns - 1 }}u);
   # set own = "n%d" % i
   let from{{ i }} = m * {{ stride // width }}u + {{ "%s / %du * %du + %s %% %du" % (own, group // width, 2 * group // width, own, group // width) if act else own }};
@@ -60,7 +70,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endif
   # endfor
   # for i in range(items)
-  var y{{ i }}: {{ t }};
+  var v{{ i }}: {{ t }};
   {
     let n = n{{ i }};
     var first = {% for s in range(splits) %}a{{ i }}_{{ s }}{{ " + " if not loop.last }}{% endfor %};
@@ -72,35 +82,48 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     {{ "second *= times;" if act }}
     # endif
 {{ epilogue.value(act, bias, scale, softcap, out_offset, width == 4) }}
-    y{{ i }} = {{ "before%d + " % i if residual }}v;
+    v{{ i }} = {{ "before%d + " % i if residual }}v;
   }
-  # endfor
-  # if ints
-  let to_row = m * {{ 3 * n // 8 }}u;
-  let v = y0;
-{{ quantise.chunk_of_lanes() }}
-  if (live && at0 < {{ columns }}u) {
-{{ quantise.put_lane({"name": "out", "to": "to_row", "k": n}, "at0", "") }}
-  }
-  # else
-  # for i in range(items)
+  # if kept
   if (live && at{{ i }} < {{ columns }}u) {
-    out[to + at{{ i }}] = y{{ i }};
+    out[to + at{{ i }}] = v{{ i }};
   }
-  # endfor
   # endif
+  # endfor
   # if norm
-  let to_row = m * {{ 3 * n // 8 }}u;
-  let squares = {% for i in range(items) %}select(0.0, dot(y{{ i }}, y{{ i }}), at{{ i }} < {{ columns }}u){{ " + " if not loop.last }}{% endfor %};
+  let squares = {% for i in range(items) %}select(0.0, dot(v{{ i }}, v{{ i }}), at{{ i }} < {{ columns }}u){{ " + " if not loop.last }}{% endfor %};
   let factor = inverseSqrt(sum(squares, lid) / {{ n }}.0 + {{ "%.9g" % eps }});
   # for i in range(items)
+  v{{ i }} *= weight{{ i }};
+  # endfor
+  # elif made == "halves"
+  let factor = 1.0;
+  # endif
+  # if made == "bytes"
+  let to_row = m * {{ 3 * n // 8 }}u;
+  # for i in range(items)
   {
-    let v = y{{ i }} * weight{{ i }};
+    let v = v{{ i }};
 {{ quantise.chunk_of_lanes() }}
     if (live && at{{ i }} < {{ columns }}u) {
-{{ quantise.put_lane({"name": "rows", "to": "to_row", "k": n}, "at%d" % i, " * factor") }}
+{{ quantise.put_lane({"name": "y", "to": "to_row", "k": n}, "at%d" % i, " * factor" if norm else "") }}
     }
   }
   # endfor
+  # elif made == "halves"
+  // those beyond the row repeat its last
+  var most = abs(v0);
+  # for i in range(1, items)
+  most = max(most, abs(v{{ i }}));
+  # endfor
+{{ halves.power("highest(max(max(most.x, most.y), max(most.z, most.w)), lid)") }}
+  # for i in range(items)
+  if (live && at{{ i }} < {{ columns }}u) {
+    y[{{ halves.place("at%d" % i, "m", rows) }}] = {{ halves.packed("v%d * to_one" % i) }};
+  }
+  # endfor
+  if (live && lid == 0u) {
+    scale[m] = {{ halves.scale() }};
+  }
   # endif
 }

@@ -242,7 +242,8 @@ def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[st
     """The constants with the device's subgroup size for -1; None where the device lacks what it takes."""
     if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
         return None
-    if case.subgroup and case.consts.get("out_as") == "ints" and subgroup_size < 8:
+    makes_bytes = case.consts.get("out_as") == "ints" or case.consts.get("made") == "bytes"
+    if case.subgroup and makes_bytes and subgroup_size < 8:
         return None  # a chunk of bytes is made by eight lanes of a subgroup
     return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}
 

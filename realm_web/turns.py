@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable
 
 from realm_web.runtime.device import Readback
 
@@ -41,38 +41,53 @@ class Foresight:
     """
 
     def __init__(self) -> None:
-        self._took: dict[Hashable, deque[float]] = {}
-        self._steps: deque[tuple[Hashable, float]] = deque()  # in flight: kind, and when submitted
+        self._kinds: dict[Hashable, _Durations] = {}
+        self._steps: deque[tuple[_Durations, float]] = deque()  # in flight, and when each was submitted
         self._last = 0.0  # when the one before them was done
 
     def submit(self, kind: Hashable, now: float) -> None:
-        self._steps.append((kind, now))
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._kinds[kind] = _Durations()
+        self._steps.append((known, now))
 
     def arrive(self, now: float) -> None:
         """The oldest is done, unless it was forgotten."""
-        if not self._steps:
-            return
-        kind, submitted = self._steps.popleft()
-        took = now - max(submitted, self._last)
-        self._took.setdefault(kind, deque(maxlen=REMEMBERED)).append(took)
-        self._last = now
+        if self._steps:
+            known, submitted = self._steps.popleft()
+            known.add(now - max(submitted, self._last))
+            self._last = now
 
     def until_next(self, now: float) -> float:
         """0 where nothing is known."""
-        return max(0.0, next(self._ends(), now) - now)
+        if not self._steps:
+            return 0.0
+        known, submitted = self._steps[0]
+        return max(0.0, max(submitted, self._last) + known.least - now)
 
     def until_all(self, now: float) -> float:
-        return max(0.0, max(self._ends(), default=now) - now)
+        end = self._last
+        for known, submitted in self._steps:
+            end = max(end, submitted) + known.least
+        return max(0.0, end - now)
 
     def forget(self) -> None:
         """None of those in flight will arrive."""
         self._steps.clear()
 
-    def _ends(self) -> Iterator[float]:
-        end = self._last
-        for kind, submitted in self._steps:
-            end = max(end, submitted) + min(self._took.get(kind, (0.0,)))
-            yield end
+
+class _Durations:
+    """The last of one kind of step, and the least of them, 0 before the first."""
+
+    __slots__ = ("_last", "least")
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=REMEMBERED)
+        self.least = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._last.append(seconds)
+        self.least = min(self._last)
 
 
 class Turns:
@@ -128,6 +143,9 @@ class Turns:
             self._task = None
 
     async def _give_turns(self) -> None:
+        """Those who were handed a result have had theirs when this is called, the step after it."""
+        if self._foresight.until_next(self._clock()) <= SHORT:
+            return
         for _ in range(TURNS):
             await self._sleep(0)
         spare = self._foresight.until_next(self._clock()) - MARGIN
@@ -140,7 +158,8 @@ class Turns:
         def arrive(data: bytes | BaseException) -> None:
             self._foresight.arrive(self._clock())
             heard(data)
-            done.set_result(None)
+            if not done.cancelled():
+                done.set_result(None)
 
         readback.then(arrive)
         await done

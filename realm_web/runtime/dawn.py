@@ -16,6 +16,14 @@ from wgpudawn.backends.dawn._ffi import c_callback, callbacks, ffi, lib
 from wgpudawn.backends.dawn._helpers import get_wgpu_instance
 
 from realm_web.errors import DeviceError, DeviceLost, OutOfDeviceMemory
+from realm_web.runtime.blocking import (
+    BlockingReadback,
+    bind_entries,
+    encode_pass,
+    layout_entries,
+    raw_calls,
+    staging_nbytes,
+)
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 
 STORAGE = wgpudawn.BufferUsage.STORAGE | wgpudawn.BufferUsage.COPY_SRC | wgpudawn.BufferUsage.COPY_DST
@@ -140,39 +148,21 @@ class DawnBackend:
         await asyncio.gather(*map(one, kernels))
 
     def bind(self, kernel: Kernel, views: Sequence[View]) -> Any:
-        entries = [
-            {"binding": i, "resource": {"buffer": v.buffer.handle, "offset": v.offset, "size": v.nbytes}}
-            for i, v in enumerate(views)
-        ]
-        return self.device.create_bind_group(layout=self._layout(kernel.source.access), entries=entries)
+        return self.device.create_bind_group(
+            layout=self._layout(kernel.source.access), entries=bind_entries(views)
+        )
 
     def record(
         self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
     ) -> Replay:
         if times is not None:
             raise DeviceError("the dawn backend has no timestamps")
-        calls, previous = [], None
-        for step, binding in zip(steps, bindings, strict=True):
-            pipeline = step.kernel.pipeline._internal
-            calls.append((None if pipeline == previous else pipeline, binding._internal, *step.grid))
-            previous = pipeline
+        calls = raw_calls(steps, bindings)
         keep = (tuple(bindings), [step.kernel.pipeline for step in steps])  # the calls hold raw handles only
 
         def replay(keep: Any = keep) -> Readback | None:
             encoder = lib.wgpuDeviceCreateCommandEncoder(self._device, ffi.NULL)
-            compute = lib.wgpuCommandEncoderBeginComputePass(encoder, ffi.NULL)
-            set_pipeline, set_bindings = (
-                lib.wgpuComputePassEncoderSetPipeline,
-                lib.wgpuComputePassEncoderSetBindGroup,
-            )
-            dispatch, null = lib.wgpuComputePassEncoderDispatchWorkgroups, ffi.NULL
-            for pipeline, binding, x, y, z in calls:
-                if pipeline is not None:
-                    set_pipeline(compute, pipeline)
-                set_bindings(compute, 0, binding, 0, null)
-                dispatch(compute, x, y, z)
-            lib.wgpuComputePassEncoderEnd(compute)
-            lib.wgpuComputePassEncoderRelease(compute)
+            encode_pass(lib, encoder, ffi.NULL, calls, ffi.NULL)
             if readback is None:
                 self._submit(encoder)
                 return None
@@ -191,11 +181,7 @@ class DawnBackend:
 
     def _layout(self, access: tuple[str, ...]) -> Any:
         if access not in self._layouts:
-            kinds = {"read": "read-only-storage", "read_write": "storage"}
-            entries = [
-                {"binding": i, "visibility": wgpudawn.ShaderStage.COMPUTE, "buffer": {"type": kinds[mode]}}
-                for i, mode in enumerate(access)
-            ]
+            entries = layout_entries(access, wgpudawn.ShaderStage.COMPUTE)
             self._layouts[access] = self.device.create_bind_group_layout(entries=entries)
         return self._layouts[access]
 
@@ -206,7 +192,7 @@ class DawnBackend:
         lib.wgpuCommandEncoderRelease(encoder)
 
     def _copy_and_submit(self, encoder: Any, source: Any, offset: int, nbytes: int) -> Readback:
-        size = max(256, 1 << (nbytes - 1).bit_length())
+        size = staging_nbytes(nbytes)
         pool = self._staging.setdefault(size, [])
         staging = pool.pop() if pool else self.device.create_buffer(size=size, usage=STAGING)
         lib.wgpuCommandEncoderCopyBufferToBuffer(encoder, source, offset, staging._internal, 0, nbytes)
@@ -214,8 +200,8 @@ class DawnBackend:
         return Readback(self, staging, nbytes, pool)
 
 
-class Readback:
-    """The bytes of a copy already enqueued. Awaiting it blocks in the library until they are there."""
+class Readback(BlockingReadback):
+    """Blocks in the library until the staging buffer is mapped."""
 
     def __init__(self, backend: DawnBackend, staging: Any, nbytes: int, pool: list[Any]):
         self._backend, self._staging, self._nbytes, self._pool = backend, staging, nbytes, pool
@@ -230,21 +216,6 @@ class Readback:
 
     def _mapped(self, status: int, *_: Any) -> None:
         self._status = status
-
-    def __await__(self):
-        yield from asyncio.sleep(0).__await__()  # let others run before the thread blocks
-        return self._wait()
-
-    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        asyncio.get_running_loop().call_soon(self._pass_on, callback)
-
-    def _pass_on(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        try:
-            data = self._wait()
-        except DeviceError as error:
-            callback(error)
-        else:
-            callback(data)
 
     def _wait(self) -> bytes:
         wait = ffi.new("WGPUFutureWaitInfo *")

@@ -19,6 +19,7 @@ from wgpu.backends.wgpu_native._api import GPUShaderModule, libf
 from wgpu.backends.wgpu_native._ffi import ffi, lib
 
 from realm_web.errors import DeviceError, DeviceLost, OutOfDeviceMemory
+from realm_web.runtime.blocking import bind_entries, layout_entries, raw_calls, staging_nbytes
 from realm_web.runtime.device import AdapterInfo, Kernel, Limits, Replay, Step, View
 from realm_web.runtime.memory import available_memory
 from realm_web.runtime.webgpu_replay import Ahead, Queries, Recording, Staging
@@ -148,21 +149,15 @@ class WebGPUBackend:
             await asyncio.gather(*map(one, kernels))
 
     def bind(self, kernel: Kernel, views: Sequence[View]) -> Any:
-        entries = [
-            {"binding": i, "resource": {"buffer": v.buffer.handle, "offset": v.offset, "size": v.nbytes}}
-            for i, v in enumerate(views)
-        ]
         with self.told_apart():
-            return self.device.create_bind_group(layout=self._layout(kernel.source.access), entries=entries)
+            return self.device.create_bind_group(
+                layout=self._layout(kernel.source.access), entries=bind_entries(views)
+            )
 
     def record(
         self, steps: Sequence[Step], bindings: Sequence[Any], readback: View | None, times: View | None = None
     ) -> Replay:
-        calls, previous = [], None
-        for step, binding in zip(steps, bindings, strict=True):
-            pipeline = step.kernel.pipeline._internal
-            calls.append((None if pipeline == previous else pipeline, binding._internal, *step.grid))
-            previous = pipeline
+        calls = raw_calls(steps, bindings)
         source = queries = None
         if readback is not None:
             source = readback.buffer.handle._internal, readback.offset, readback.nbytes
@@ -197,11 +192,7 @@ class WebGPUBackend:
 
     def _layout(self, access: tuple[str, ...]) -> Any:
         if access not in self._layouts:
-            kinds = {"read": "read-only-storage", "read_write": "storage"}
-            entries = [
-                {"binding": i, "visibility": wgpu.ShaderStage.COMPUTE, "buffer": {"type": kinds[mode]}}
-                for i, mode in enumerate(access)
-            ]
+            entries = layout_entries(access, wgpu.ShaderStage.COMPUTE)
             self._layouts[access] = self.device.create_bind_group_layout(entries=entries)
         return self._layouts[access]
 
@@ -250,7 +241,7 @@ class WebGPUBackend:
         return index
 
     def staging(self, nbytes: int) -> Staging:
-        size = max(256, 1 << (nbytes - 1).bit_length())
+        size = staging_nbytes(nbytes)
         pool = self._staging.setdefault(size, [])
         if not pool:
             with self.told_apart():

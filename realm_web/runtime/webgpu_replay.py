@@ -8,11 +8,10 @@ every call, so threads do it while the main one waits for a result. Only the mai
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -20,12 +19,11 @@ from typing import Any, Protocol
 from wgpu.backends.wgpu_native._ffi import ffi, lib
 
 from realm_web.errors import DeviceError
+from realm_web.runtime.blocking import BlockingReadback, Call, encode_pass
 
 AHEAD = 3  # command buffers that a program in use has ready
 HOT = 4  # programs that may have some
 THREADS = max(1, min(2, (os.cpu_count() or 2) - 1))
-
-Call = tuple[Any, Any, int, int, int]  # pipeline or None for the one before, bind group, grid
 
 
 class Submitter(Protocol):
@@ -97,19 +95,8 @@ class Recording:
     def record(self, staging: Staging | None, api: Any) -> Any:
         """An encoder that has heard of every step: three short calls each, where `finish` is one long one."""
         encoder = api.wgpuDeviceCreateCommandEncoder(self._backend.raw_device, ffi.NULL)
-        set_pipeline = api.wgpuComputePassEncoderSetPipeline
-        set_bindings = api.wgpuComputePassEncoderSetBindGroup
-        dispatch = api.wgpuComputePassEncoderDispatchWorkgroups
-        null = ffi.NULL
         for calls, descriptor in self._passes:
-            compute = api.wgpuCommandEncoderBeginComputePass(encoder, descriptor)
-            for pipeline, binding, x, y, z in calls:
-                if pipeline is not None:
-                    set_pipeline(compute, pipeline)
-                set_bindings(compute, 0, binding, 0, null)
-                dispatch(compute, x, y, z)
-            api.wgpuComputePassEncoderEnd(compute)
-            api.wgpuComputePassEncoderRelease(compute)
+            encode_pass(api, encoder, descriptor, calls, ffi.NULL)
         if self._queries is not None:
             self._queries.resolve(encoder, api)
         if staging is not None:
@@ -279,28 +266,13 @@ class Staging:
         self._pool.append(self)
 
 
-class Readback:
-    """The bytes of a copy already enqueued. Awaiting it blocks in the driver until its submission is done."""
+class Readback(BlockingReadback):
+    """Blocks in the driver until its submission is done."""
 
     __slots__ = ("_backend", "_index", "_nbytes", "_staging")
 
     def __init__(self, backend: Submitter, staging: Staging, index: int, nbytes: int):
         self._backend, self._staging, self._index, self._nbytes = backend, staging, index, nbytes
-
-    def __await__(self):
-        yield from asyncio.sleep(0).__await__()  # let others run before the thread blocks
-        return self._wait()
-
-    def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        asyncio.get_running_loop().call_soon(self._pass_on, callback)
-
-    def _pass_on(self, callback: Callable[[bytes | BaseException], None]) -> None:
-        try:
-            data = self._wait()
-        except DeviceError as error:
-            callback(error)
-        else:
-            callback(data)
 
     def _wait(self) -> bytes:
         flag, backend = self._staging.flag, self._backend

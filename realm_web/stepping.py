@@ -27,7 +27,7 @@ from realm_web.pacing import Pacing
 from realm_web.runner import FEATURES, Bucket, Runner, features
 from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Readback
-from realm_web.scheduler import Batch, Request, Scheduler
+from realm_web.scheduler import Batch, Output, Request, Scheduler
 from realm_web.tuning import Store
 from realm_web.turns import Turns
 
@@ -194,8 +194,9 @@ class Stepper:
 
     def _mask(self, answer: Answer, mask: bytes) -> bytes:
         """What the grammar allows next; before min_tokens none that ends, if others are left."""
-        if answer.n_tokens < answer.request.params.min_tokens:
-            left = _without(mask, answer.request.stop_ids)
+        request = answer.request
+        if len(request.token_ids) - len(request.prompt_ids) < request.params.min_tokens:
+            left = _without(mask, request.stop_ids)
             return left if any(left) else mask
         return mask
 
@@ -243,7 +244,11 @@ class Stepper:
         logprobs = {}
         if bucket.logprobs:
             logprobs = {seq.request_id: self._logprob_words(i, data) for i, seq in enumerate(batch.seqs)}
-        for output in self.scheduler.update(batch, array("I", data[: 4 * len(batch.seqs)])):
+        outputs = self.scheduler.update(batch, array("I", data[: 4 * len(batch.seqs)]))
+        complete = self._tell_grammars(outputs)
+        if self._held is not None:  # the device may be idle until it has these masks; texts can wait
+            self._fill()
+        for output in outputs:
             answer = self.answers.get(output.request_id)
             if answer is None:
                 continue
@@ -258,7 +263,7 @@ class Stepper:
             self._n_lost = 0
             chosen = answer.logprobs(token, *logprobs[output.request_id]) if answer.wants_logprobs else None
             text, stopped = answer.push(token)
-            if reason is None and (stopped or answer.completes(token)):
+            if reason is None and (stopped or output.request_id in complete):
                 self.scheduler.finish(output.request_id, "stop")
                 reason = "stop"
             if reason is None:
@@ -268,6 +273,17 @@ class Stepper:
                 last = answer.last_chunk(text, (token,), reason, chosen)
                 self._forget(answer)
                 answer.sink(last)
+
+    def _tell_grammars(self, outputs: Sequence[Output]) -> set[str]:
+        """Of the tokens; the requests that these complete have ended."""
+        complete = set()
+        for output in outputs:
+            answer = self.answers.get(output.request_id)
+            if answer is None or output.finish_reason is not None or not answer.completes(output.token_id):
+                continue
+            complete.add(output.request_id)
+            self.scheduler.finish(output.request_id, "stop")
+        return complete
 
     def _keep_values(self, batch: Batch, data: bytes) -> None:
         """Scores by position, and what a pooled sequence has come to."""

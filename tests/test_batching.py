@@ -262,6 +262,20 @@ def test_grammars_are_compiled_beside_the_loop_and_those_of_refused_requests_clo
     run(tiny_path, "cpu", work)
 
 
+@pytest.mark.parametrize("n", [2, 7])
+def test_a_grammar_that_may_end_does_not_before_min_tokens(tiny_path, n):
+    pytest.importorskip("llguidance", reason="structured output needs the package llguidance")
+
+    async def work(engine):
+        wanted = {"response_format": {"type": "regex", "regex": "[a-z]{0,100}"}, "ignore_eos": False}
+        likely = dict.fromkeys(engine.tokenizer.eog_ids, 100.0)
+        (end,) = await whole(engine, PROMPT[:9], logit_bias=likely, min_tokens=n, **wanted)
+        assert len(tokens(end)) == n + 1
+        assert re.fullmatch("[a-z]{2,100}", "".join(chunk.text for chunk in end))
+
+    run(tiny_path, "cpu", work)
+
+
 def test_a_closed_engine_says_so(tiny_path):
     async def main():
         engine = await Engine.open(tiny_path, device="cpu")

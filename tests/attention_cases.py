@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 from kernel_cases import EXACT, FMA, ST, Case, normal, step_words
+from matrix_cases import STEP
+
+from realm_web.quants import activation_words
 
 SIZE = 16  # tokens of a page
 N_BLOCKS = 64
@@ -35,6 +38,8 @@ ROWS = (
     (4, 2, 64, 3, [(0, 9), (200, 1), (100, 5)], {"rows": "single"}),
     (4, 2, 64, 1, [(140, 1), (31, 1)], {"kv": "q8_0"}),
     (2, 2, 80, 2, [(140, 1), (15, 1)], {"kv": "q8_0", "wg": 128}),
+    (4, 2, 64, 1, [(0, 1), (130, 1), (77, 1)], {"to_bytes": True}),
+    (9, 3, 96, 1, [(60, 1), (3, 1)], {"to_bytes": True, "kv": "f32", "sinks": True, "room": 288}),
 )
 
 # the same, of which the row's own key and value are made in the kernel; and what rotates, neox
@@ -43,6 +48,7 @@ FUSED = (
     (4, 2, 64, 3, [(0, 1), (130, 1), (95, 1)], {"rot_dim": 64, "neox": True, "norm": True, "nq": 1}),
     (9, 3, 64, 4, [(200, 1), (15, 1)], {"rot_dim": 48, "neox": False, "norm": True, "kv": "f32"}),
     (2, 2, 80, 1, [(40, 1), (16, 1)], {"rot_dim": 0, "neox": True, "kv": "q8_0"}),
+    (4, 2, 128, 1, [(40, 1), (16, 1)], {"rot_dim": 128, "neox": True, "kv": "f32", "to_bytes": True}),
     (4, 2, 128, 2, [(70, 1)], {"rot_dim": 128, "neox": True, "kv": "q8_0"}),
     (4, 2, 64, 2, [(250, 1), (3, 1)], {"rot_dim": 64, "neox": True, "window": 100, "ring": 8, "sinks": True}),
 )
@@ -68,7 +74,7 @@ def cases() -> Iterator[Case]:
     yield from rope_cases()
     for of, shapes in ((row_cases, ROWS), (row_cases, FUSED), (tile_cases, TILES)):
         for shape in shapes:
-            for subgroup in (0, -1):
+            for subgroup in (-1,) if shape[-1].get("to_bytes") else (0, -1):
                 yield from of(*shape, subgroup)
     yield from merge_cases()
 
@@ -150,8 +156,8 @@ def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]
     consts = {
         "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
         "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", "fused": fused, "rows": "all",
-        "splits": splits, "share": 2 * SIZE, "nq": n_heads // n_kv, "wg": 64, "lanes": 8, "batch": 2,
-        "room": 1024, "subgroup": subgroup, "st": ST, **more,
+        "splits": splits, "share": 2 * SIZE, "to_bytes": False, "nq": n_heads // n_kv, "wg": 64, "lanes": 8,
+        "batch": 2, "room": 1024, "subgroup": subgroup, "st": ST, **more,
     }  # fmt: skip
     consts |= {"sinks": "sinks" in more and splits == 1}
     if fused:
@@ -159,7 +165,10 @@ def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]
 
     def tensors(rng):
         step = step_words(seqs, rng=rng, qt=4 if consts["rows"] == "single" else 1)
-        out = (n_rows, n_heads, splits, hd + 4) if splits > 1 else (n_rows, n_heads * hd)
+        if consts["to_bytes"]:
+            out = (n_rows, activation_words(n_heads * hd))
+        else:
+            out = (n_rows, n_heads, splits, hd + 4) if splits > 1 else (n_rows, n_heads * hd)
         extra = [normal(rng, n_heads)] * consts["sinks"]
         if fused:
             given = [normal(rng, n_rows, (n_heads + 2 * n_kv) * hd), turns_of(more["rot_dim"])]
@@ -177,7 +186,10 @@ def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]
     # and its score and the output with it.
     rotates = fused and more["rot_dim"]
     tolerance = 6e-4 if rotates and consts["kv"] == "f16" else FMA
-    yield Case(name, "attention", consts, tensors, (out,), grid, tolerance, needs, subgroup)
+    dtype = "f32"
+    if consts["to_bytes"]:
+        tolerance, dtype = STEP, f"bytes of {n_heads * hd}"
+    yield Case(name, "attention", consts, tensors, (out,), grid, tolerance, needs, subgroup, dtype)
     if fused and consts["kv"] != "q8_0":
         kv = consts["kv"]
         tolerance = 6e-4 if kv == "f16" else FMA  # float16 rounds
@@ -224,11 +236,13 @@ def merge_cases() -> Iterator[Case]:
         (3, 80, [(0, 9), (250, 1), (8, 1)], {"rows": "single", "window": 100}),
         (4, 64, [(100, 9), (240, 1), (8, 7)], {"rows": "tiles", "qt": 4, "skip": True, "sinks": True}),
         (16, 256, [(255, 1)], {}),
+        (5, 64, [(130, 1), (0, 1), (70, 1)], {"sinks": True, "to_bytes": True}),
     ):
         n_rows = sum(n for _, n in seqs)
         consts = {
             "n_heads": 4, "head_dim": hd, "block_size": SIZE, "window": 0, "rows": "all", "qt": 1,
-            "skip": False, "splits": splits, "share": SIZE, "sinks": False, "wg": 128, "st": ST, **more,
+            "skip": False, "splits": splits, "share": SIZE, "sinks": False, "to_bytes": False, "wg": 128,
+            "st": ST, **more,
         }  # fmt: skip
 
         def tensors(rng, consts=consts, splits=splits, hd=hd, seqs=seqs, n_rows=n_rows):
@@ -236,9 +250,16 @@ def merge_cases() -> Iterator[Case]:
             parts[..., hd + 1] = np.abs(parts[..., hd + 1]) + 0.5
             step = step_words(seqs, rng=rng, qt=4)
             extra = [normal(rng, 4)] * consts["sinks"]
-            return [step, parts, *extra, np.zeros((n_rows, 4 * hd), np.float32)]
+            width = activation_words(4 * hd) if consts["to_bytes"] else 4 * hd
+            return [step, parts, *extra, np.zeros((n_rows, width), np.float32)]
 
         name = f"attention_merge {splits} splits, heads of {hd}" + "".join(f" {k}" for k in more)
         outputs = (2 + consts["sinks"],)
         grid = (4, consts["qt"] * n_rows)
-        yield Case(name, "attention_merge", consts, tensors, outputs, grid, 1e-5)
+        if consts["to_bytes"]:
+            dtype = f"bytes of {4 * hd}"
+            yield Case(
+                name, "attention_merge", consts, tensors, outputs, grid, STEP, ("subgroups",), -1, dtype
+            )
+        else:
+            yield Case(name, "attention_merge", consts, tensors, outputs, grid, 1e-5)

@@ -243,6 +243,7 @@ def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[st
     if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
         return None
     makes_bytes = case.consts.get("out_as") == "ints" or case.consts.get("made") == "bytes"
+    makes_bytes |= case.consts.get("to_bytes", False)
     if case.subgroup and makes_bytes and subgroup_size < 8:
         return None  # a chunk of bytes is made by eight lanes of a subgroup
     return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}

@@ -79,13 +79,11 @@ def quantise_cases() -> Iterator[Case]:
             out = np.zeros((8, activation_words(k)), np.uint32)
             return [step_words([(0, 3), (9, 1)], rng=rng), x.astype(np.float32), out]
 
-        items = 2 if k == 576 else 1
         consts = {
-            "k": k, "times": times, "per_seq": per_seq, "wg": 64, "items": items, "subgroup": subgroup,
-            "st": ST,
+            "k": k, "times": times, "per_seq": per_seq, "wg": 64, "subgroup": subgroup, "st": ST,
         }  # fmt: skip
         name = f"quantise {k} times {times}{' by sequence' * per_seq}{' subgroups' * bool(subgroup)}"
-        grid, needs = (-(-k // 4 // (64 * items)), 8), ("subgroups",) * bool(subgroup)
+        grid, needs = (-(-k // 4 // 64), 8), ("subgroups",) * bool(subgroup)
         yield Case(
             name, "quantise", consts, tensors, (2,), grid, STEP, needs, subgroup, dtype=f"bytes of {k}"
         )

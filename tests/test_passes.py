@@ -7,6 +7,7 @@ import numpy as np
 import tiny
 from probe import greedy, last_logits
 
+from realm_web import ops
 from realm_web.engine import Engine
 from realm_web.ops import matmuls
 from realm_web.runner import Bucket
@@ -14,14 +15,14 @@ from realm_web.runner import Bucket
 PROMPT = list(range(5, 45))
 
 
-async def run(path) -> tuple[np.ndarray, list[str]]:
+async def run(path, prompt=PROMPT) -> tuple[np.ndarray, list[str]]:
     """The logits after the prompt, and the labels of the passes that made them."""
     engine = await Engine.open(path, device="webgpu", context=256, max_seqs=1, exact=False)
     try:
         engine.device.info = replace(engine.device.info, adapter_type="DiscreteGPU")
         engine.runner._programs.clear()  # made for a software device, which has no products by tiles
-        await greedy(engine, PROMPT)
-        [program] = [p for b, p in engine.runner._programs.items() if b.n_rows >= len(PROMPT)]
+        await greedy(engine, prompt)
+        [program] = [p for b, p in engine.runner._programs.items() if b.n_rows >= len(prompt)]
         return await last_logits(engine), [step.label or step.kernel.name for step in program.steps]
     finally:
         await engine.close()
@@ -38,6 +39,17 @@ def test_sums_of_shares_make_the_next_products_bytes(tmp_path, monkeypatch):
     apart, others = asyncio.run(run(model.path))
     assert len(others) == len(labels) + len(normed) + 2
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()  # a byte may be rounded the other way
+
+
+def test_attention_of_a_few_rows_makes_the_output_products_bytes(tmp_path, monkeypatch):
+    model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=256, quant="Q4_K")
+    together, labels = asyncio.run(run(model.path, PROMPT[:6]))
+    assert labels.count("quantise hidden") == 2
+    assert "quantise attended" not in labels
+    monkeypatch.setattr(ops, "attends_to_bytes", lambda r, head_dim: False)
+    apart, others = asyncio.run(run(model.path, PROMPT[:6]))
+    assert others.count("quantise attended") == 2
+    assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()
 
 
 def test_on_matrix_units_sums_make_halves(tmp_path, monkeypatch):

@@ -209,21 +209,24 @@ class Transformer:
 
     def _record_attention(
         self, r: Recorder, attention: Attention, kind: LayerKind, x: Activations, pages: Pages, rope: Rope
-    ) -> Tensor:  # fmt: skip
+    ) -> Activations:  # fmt: skip
         c, n_heads = self.config, kind.n_heads
         qkv = r.scratch("qkv", r.n_rows, attention.qkv.n)
-        attended = r.scratch("attended", r.n_rows, n_heads * c.head_dim)
         attention.qkv.record(r, x, qkv)
         norm = None
         if attention.qk_norm and c.arch.qk_norm == "head":
             norm = HeadNorm(*attention.qk_norm, c.norm_eps)
         elif attention.qk_norm:
             ops.qk_norm(r, qkv, *attention.qk_norm, c.norm_eps)
+        n, k = r.n_rows, n_heads * c.head_dim
+        # of one row the output product makes bytes itself
+        to_bytes = n > 1 and attention.output.form(r) == "bytes" and ops.attends_to_bytes(r, c.head_dim)
+        out = r.scratch("attended", n, activation_words(k) if to_bytes else k)
         ops.attention(
-            r, qkv, rope, pages, attended, n_heads=n_heads, scale=c.attention_scale, norm=norm,
-            window=kind.window, softcap=c.attention_softcap, sinks=attention.sinks,
+            r, qkv, rope, pages, out, n_heads=n_heads, scale=c.attention_scale, norm=norm, window=kind.window,
+            softcap=c.attention_softcap, sinks=attention.sinks, to_bytes=to_bytes,
         )  # fmt: skip
-        return attended
+        return Activations.made(out, n, k) if to_bytes else Activations(out, name="attended")
 
     def _normed(
         self, r: Recorder, weight: Tensor | None, x: Tensor,

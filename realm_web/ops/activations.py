@@ -107,9 +107,9 @@ class Activations:
     def _quantise(self, r: Recorder, x: Tensor, out: Tensor) -> None:
         n = self._n(r)
         subgroup = r.device.subgroup_size if r.device.subgroup_size <= 64 else 0
-        wg, items = (128, 1) if subgroup >= 8 else (64, 8)
+        wg, each = (256, 4) if subgroup >= 8 else (64, 32)  # threads, values of a thread
         kernel = r.device.kernel(
             "quantise", k=self.k, times=1 if self.gather else n // r.n_rows, per_seq=self.gather, wg=wg,
-            items=items, subgroup=subgroup, st=r.layout,
+            subgroup=subgroup, st=r.layout,
         )  # fmt: skip
-        r.add(kernel, (r.step, x, out), (-(-self.k // (4 * wg * items)), n), f"quantise {self._name}")
+        r.add(kernel, (r.step, x, out), (-(-self.k // (wg * each)), n), f"quantise {self._name}")

@@ -77,11 +77,13 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    to_bytes: bool = False,
 ) -> None:
     """Rotate q and k, put k and v into the pages, and attend to what each row's sequence has there.
 
     Causal, to all positions or the last `window`. qkv (n_rows, (n_heads + 2 n_kv) * head_dim),
-    out (n_rows, n_heads * head_dim). One call where no sequence has two rows and contexts are short.
+    out (n_rows, n_heads * head_dim), or with `to_bytes` (if `attends_to_bytes`) rows of bytes. One call where
+    no sequence has two rows and contexts are short.
     """
     n_kv, block_size, head_dim = pages.k.shape[1:]
     shape: dict[str, Any] = {
@@ -95,20 +97,28 @@ def attention(
     }  # fmt: skip
     given = (r.step, qkv, rope.turns, *((norm.q_weight, norm.k_weight) if norm else ()))
     if r.alone and len(given) + 3 + (sinks is not None) <= r.device.limits.max_bindings:
-        _rows(r, given, pages, out, sinks, {**shape, **shown, **rotation, "fused": True, "rows": "all"})
+        consts = {**shape, **shown, **rotation, "fused": True, "rows": "all", "to_bytes": to_bytes}
+        _rows(r, given, pages, out, sinks, consts)
         return
     q = r.scratch("q", r.n_rows, n_heads * head_dim)
     kernel = r.device.kernel("rope_store", **shape, **rotation, subgroup=r.device.subgroup_size)
     r.add(kernel, (*given, q, pages.k, pages.v), (n_heads + 2 * n_kv, r.n_rows))
     consts = {**shape, **shown}
     if r.qt == 1:
-        _rows(r, (r.step, q), pages, out, sinks, {**consts, "fused": False, "rows": "all"})
+        consts |= {"fused": False, "rows": "all", "to_bytes": to_bytes}
+        _rows(r, (r.step, q), pages, out, sinks, consts)
         return
     # rows of sequences that decode among prompts: a tile of one row would be slow where its context is long
     apart = r.n_seqs > 1 and not r.device.info.is_cpu
     _tiles(r, q, pages, out, sinks, {**consts, "skip": apart})
     if apart:
-        _rows(r, (r.step, q), pages, out, sinks, {**consts, "fused": False, "rows": "single"})
+        consts |= {"fused": False, "rows": "single", "to_bytes": False}
+        _rows(r, (r.step, q), pages, out, sinks, consts)
+
+
+def attends_to_bytes(r: Recorder, head_dim: int) -> bool:
+    """Whether what is attended to can come as bytes: of rows, not tiles; and by neighbours in a subgroup."""
+    return r.qt == 1 and head_dim % 32 == 0 and 8 <= r.device.subgroup_size <= 64
 
 
 def _rows(
@@ -160,7 +170,8 @@ def _whole(
     merge = r.device.kernel(
         "attention_merge", n_heads=n_heads, head_dim=head_dim, block_size=consts["block_size"],
         window=consts["window"], rows=consts.get("rows", "tiles"), qt=qt, skip=consts.get("skip", False),
-        splits=splits, share=share, sinks=bool(extra), wg=256, st=r.layout,
+        splits=splits, share=share, sinks=bool(extra), to_bytes=consts.get("to_bytes", False), wg=256,
+        st=r.layout,
     )  # fmt: skip
     r.add(merge, (r.step, parts, *extra, out), (n_heads, grid[0] * qt))
 

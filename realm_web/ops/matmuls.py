@@ -172,7 +172,7 @@ def _sum(
     made = then.form if then else ""
     normed, kept = then is not None and then.norm is not None, then is None or not then.only
     by_rows = normed or made == "halves"
-    wg = row_threads(r.device, n) if by_rows else 64
+    wg = row_threads(r.device, n) if by_rows else 128
     kernel = r.device.kernel(
         "matmul_sum", **consts, made=made, norm=normed, eps=then.eps if normed else 0.0, kept=kept, rows=m,
         width=width, wg=wg, subgroup=r.device.subgroup_size if made else 0,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from realm_web.runtime.cpu_kernels import Twin, Views, softcapped
+from realm_web.quants import activation_words
+from realm_web.runtime.cpu_kernels import Twin, Views, put_bytes, softcapped, to_bytes
 
 GROUP = 32  # values that share a scale in q8_0
 
@@ -103,13 +104,26 @@ def attention(c: dict, views: list[np.ndarray]) -> None:
     if c["fused"]:
         q = _rotate_and_store(c, step, qkv, rotation, k, values)
     sinks = v.f32(n_heads) if c["sinks"] else None
-    out = v.f32(-1, n_heads, hd) if c["splits"] == 1 else v.f32(-1, n_heads, c["splits"], hd + 4)
+    out = _output(c, v) if c["splits"] == 1 else v.f32(-1, n_heads, c["splits"], hd + 4)
     wanted = np.ones(int(step[c["st"].N_ROWS]), bool) if c["rows"] == "all" else _single_rows(c, step)
     for rows, scores, vals in _scores(c, step, q, k, values, wanted):
-        if c["splits"] == 1:
-            out[rows] = _attended(scores, vals, sinks)
-        else:
+        if c["splits"] > 1:
             _write_parts(c, step, rows, scores, vals, out)
+        else:
+            _put(c, out, rows, _attended(scores, vals, sinks))
+
+
+def _output(c: dict, v: Views) -> np.ndarray:
+    k = c["n_heads"] * c["head_dim"]
+    return v.u32(-1, activation_words(k)) if c["to_bytes"] else v.f32(-1, c["n_heads"], c["head_dim"])
+
+
+def _put(c: dict, out: np.ndarray, rows: Any, values: np.ndarray) -> None:
+    """What rows attend to, (rows, n_heads, head_dim), into the output."""
+    if c["to_bytes"]:
+        put_bytes(out, rows, *to_bytes(values.reshape(len(rows), -1)))
+    else:
+        out[rows] = values
 
 
 def attention_tiles(c: dict, views: list[np.ndarray]) -> None:
@@ -211,7 +225,7 @@ def attention_merge(c: dict, views: list[np.ndarray]) -> None:
     v, n_heads, hd = Views(views), c["n_heads"], c["head_dim"]
     step, parts = v.u32(), v.f32(-1, n_heads, c["splits"], hd + 4)
     sinks = v.f32(n_heads) if c["sinks"] else None
-    out = v.f32(-1, n_heads, hd)
+    out = _output(c, v)
     wanted = _single_rows(c, step)
     if c["rows"] != "single":
         wanted = ~wanted if c["rows"] == "tiles" and c["skip"] else np.ones_like(wanted)
@@ -224,7 +238,7 @@ def attention_merge(c: dict, views: list[np.ndarray]) -> None:
         total = (weight * totals).sum(axis=1)
         if sinks is not None:
             total = total + np.exp(sinks - top)
-        out[row] = np.einsum("hs,hsd->hd", weight, sums) / total[:, None]
+        _put(c, out, [row], np.einsum("hs,hsd->hd", weight, sums)[None] / total[:, None])
 
 
 def _blocks_of(c: dict, step: np.ndarray, seqs: Any, index: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@
 // [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
 // out (n_rows, n_heads * head_dim) f32, or with splits > 1 the parts for `attention_merge`
 //     (n_rows, n_heads, splits, head_dim + 4) f32: sums, maximum, denominator, two unused; empty splits are not written;
-//     of single rows by sequence, (n_seqs, ...), as a sequence has one at most
+//     of single rows by sequence, (n_seqs, ...), as a sequence has one at most;
+//     or with `to_bytes` and one split rows of lib/ints.wgsl: takes subgroups of 8 or more and heads of whole chunks
 // `fused`, where no sequence has two rows: instead of q come qkv, turns, [q_weight, k_weight] as in `rope_store`, whose
 //     work is done here, and k and v are written.
 // `rows`: "all" rows of the step, or the "single" ones, which are tiles of one row (`attention_tiles` has the others).
@@ -14,9 +15,10 @@
 // `share`: the least that a split takes, a multiple of block_size.  `room`: values of workgroup memory for the last sums.
 // `batch` divides block_size.
 // constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, fused, [norm, eps, rot_dim, neox,
-// magnitude,] rows, splits, share, nq, wg, lanes, batch, room, subgroup, st
+// magnitude,] rows, splits, share, to_bytes, nq, wg, lanes, batch, room, subgroup, st
 // grid: (rows or tiles, n_heads / nq, splits)
 # import "lib/pages.wgsl" as pages
+# import "lib/quantise.wgsl" as quantise
 # import "lib/rope.wgsl" as rope
 # set group = n_heads // n_kv
 # set units = head_dim // 8
@@ -32,7 +34,8 @@
 # set parts = wg // subgroup if shuffle else places
 # set kept = [parts, room // (nq * head_dim)] | min
 # set partials = 0 if shuffle else m * lanes * (places + 1)
-{{ "enable subgroups;" if shuffle }}
+# set in_bytes = to_bytes and splits == 1
+{{ "enable subgroups;" if shuffle or in_bytes }}
 {{ bind("step", "u32") }}
 # if fused
 {{ bind("qkv", "f32") }}
@@ -49,7 +52,8 @@
 # if sinks
 {{ bind("sinks", "f32") }}
 # endif
-{{ bind("out", "f32", "read_write") }}
+{{ bind("out", "u32" if in_bytes else "f32", "read_write") }}
+{{ quantise.functions() if in_bytes }}
 
 const NEVER = -1e30;
 
@@ -503,6 +507,38 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   # endfor
   workgroupBarrier();
+  # if in_bytes
+  # set quads = nq * head_dim // 4
+  # for first in range(0, quads, wg)
+  {
+    let at = lid + {{ first }}u;
+    let i = {{ "at" if first + wg <= quads else "min(at, %du)" % (quads - 1) }};
+    let n = i / {{ head_dim // 4 }}u;
+    var v = vec4<f32>();
+    # for other in range(kept)
+    v += vec4<f32>({% for j in range(4) %}sums[{{ other * nq * head_dim + j }}u + 4u * i]{{ ", " if not loop.last }}{% endfor %});
+    # endfor
+    let final_n = finals[n];
+    # if fused
+    let fresh_at = {{ head_dim }}u + 4u * (i % {{ head_dim // 4 }}u);
+    v = v * final_n.z + final_n.w * vec4<f32>({% for j in range(4) %}fresh[fresh_at + {{ j }}u]{{ ", " if not loop.last }}{% endfor %});
+    # endif
+    # if sinks
+    let highest = max(final_n.x, sinks[head0 + n]);
+    let keep = exp(final_n.x - highest);
+    v *= keep / (final_n.y * keep + exp(sinks[head0 + n] - highest));
+    # else
+    v /= final_n.y;
+    # endif
+{{ quantise.chunk_of_lanes() }}
+    {{ "if (at < %du) {" % quads if first + wg > quads else "{" }}
+      let to = row * {{ 3 * n_heads * head_dim // 8 }}u;
+      let quad = head0 * {{ head_dim // 4 }}u + i;
+{{ quantise.put_lane({"name": "out", "to": "to", "k": n_heads * head_dim}, "quad", "") }}
+    }
+  }
+  # endfor
+  # else
   for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
     let n = i / {{ head_dim }}u;
     var total = sums[i];
@@ -531,4 +567,5 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
     # endif
   }
+  # endif
 }

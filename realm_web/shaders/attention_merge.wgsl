@@ -1,9 +1,11 @@
 // The parts of `attention` and `attention_tiles` with splits > 1 made whole: each split weighted by exp(its maximum - the largest).
 // step;  parts (n_rows, n_heads, splits, head_dim + 4) f32, of which the first splits are written; of "single" rows by sequence
-// [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  The constants are as there,
-// `rows` can be "tiles", too.  qt: 1 but for "tiles".  wg: at least head_dim / 4 and splits.
-// constants: n_heads, head_dim, block_size, window, rows, qt, skip, splits, share, sinks, wg, st
+// [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  With `to_bytes` out is rows of
+// lib/ints.wgsl: takes subgroups of 8 or more and heads of whole chunks.
+// The constants are as there, `rows` can be "tiles", too.  qt: 1 but for "tiles".  wg: at least head_dim / 4 and splits.
+// constants: n_heads, head_dim, block_size, window, rows, qt, skip, splits, share, sinks, to_bytes, wg, st
 // grid: (n_heads, rows or tiles * qt, 1)
+# import "lib/quantise.wgsl" as quantise
 # set quads = head_dim // 4
 # set ns = namespace(ways=1)
 # for _ in range(6) if ns.ways * 2 * quads <= wg and ns.ways < splits
@@ -11,12 +13,14 @@
 # endfor
 # set ways = ns.ways
 # set each = (splits + ways - 1) // ways
+{{ "enable subgroups;" if to_bytes }}
 {{ bind("step", "u32") }}
 {{ bind("parts", "vec4<f32>") }}
 # if sinks
 {{ bind("sinks", "f32") }}
 # endif
-{{ bind("out", "vec4<f32>", "read_write") }}
+{{ bind("out", "u32" if to_bytes else "vec4<f32>", "read_write") }}
+{{ quantise.functions() if to_bytes }}
 
 var<workgroup> sums: array<vec4<f32>, {{ ways * quads }}>;
 var<workgroup> weights: array<f32, {{ ways }}>;
@@ -90,16 +94,28 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     }
   }
   workgroupBarrier();
-  if (lid < {{ quads }}u) {
-    var total = sums[lid];
+  {
+    var total = sums[quad];
     var weight = weights[0];
     # for i in range(1, ways)
-    total += sums[{{ i * quads }}u + lid];
+    total += sums[{{ i * quads }}u + quad];
     weight += weights[{{ i }}];
     # endfor
     # if sinks
     weight += exp(sinks[wid.x] - top);
     # endif
-    out[head * {{ quads }}u + lid] = total / weight;
+    let v = total / weight;
+    # if to_bytes
+{{ quantise.chunk_of_lanes() }}
+    if (lid < {{ quads }}u) {
+      let to = row * {{ 3 * n_heads * head_dim // 8 }}u;
+      let at = wid.x * {{ quads }}u + lid;
+{{ quantise.put_lane({"name": "out", "to": "to", "k": n_heads * head_dim}, "at", "") }}
+    }
+    # else
+    if (lid < {{ quads }}u) {
+      out[head * {{ quads }}u + lid] = v;
+    }
+    # endif
   }
 }

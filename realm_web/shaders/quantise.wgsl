@@ -1,7 +1,7 @@
-// Rows of float32 to activations of 8 bits (lib/ints.wgsl): a thread takes `items` vectors of 4 where subgroups are 8 or
-// larger, else a chunk of 32. No load waits for another: a row that is not there is read all the same, and not written.
+// Rows of float32 to activations of 8 bits (lib/ints.wgsl): a thread per vector of 4 where subgroups are 8 or larger, else per
+// chunk of 32. No load waits for another: a row that is not there is read all the same, and not written.
 // step;  x (n_rows * times, k) f32;  out (n_rows * times) rows of lib/ints.wgsl
-// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), wg, items, subgroup, st
+// constants: k, times (rows of x to a row of the step), per_seq (or to a sequence), wg, subgroup, st
 // grid: (ceil(threads of a row / wg), rows, 1)
 # import "lib/quantise.wgsl" as quantise
 # set quads = k // 4
@@ -15,25 +15,17 @@
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let live = wid.y < step[{{ st.N_SEQS if per_seq else st.N_ROWS }}]{{ " * %du" % times if times > 1 }};
+  let i = wid.x * {{ wg }}u + lid;
   let base = wid.y * {{ quads }}u;
   let to = wid.y * {{ 3 * k // 8 }}u;
   # set target = {"name": "out", "to": "to", "k": k}
   # if subgroup >= 8
-  # for t in range(items)
-  let i{{ t }} = wid.x * {{ wg * items }}u + lid + {{ t * wg }}u;
-  let x{{ t }} = x[base + min(i{{ t }}, {{ quads - 1 }}u)];
-  # endfor
-  # for t in range(items)
-  {
-    let v = x{{ t }};
+  let v = x[base + min(i, {{ quads - 1 }}u)];
 {{ quantise.chunk_of_lanes() }}
-    if (live && i{{ t }} < {{ quads }}u) {
-{{ quantise.put_lane(target, "i%d" % t, "") }}
-    }
+  if (live && i < {{ quads }}u) {
+{{ quantise.put_lane(target, "i", "") }}
   }
-  # endfor
   # else
-  let i = wid.x * {{ wg }}u + lid;
   if (!live || i >= {{ k // 32 }}u) {
     return;
   }

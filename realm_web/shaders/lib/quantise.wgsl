@@ -11,7 +11,7 @@ fn per_d(top: u32) -> f32 {
   return select(0.0, 127.0 / bitcast<f32>(top), top > 0x0da24260u);  // 1e-30
 }
 
-fn rounded(v: vec4<f32>, scale: f32) -> u32 {
+fn bytes_of(v: vec4<f32>, scale: f32) -> u32 {
   return pack4xI8(vec4<i32>(round(v * scale)));
 }
 
@@ -29,7 +29,7 @@ fn sum_of(word: u32) -> i32 {
   let d = bitcast<f32>(top) / 127.0;
   let scale = per_d(top);
 # for i in range(8)
-  let q{{ i }} = rounded(v{{ i }}, scale);
+  let q{{ i }} = bytes_of(v{{ i }}, scale);
 # endfor
   let sums = vec2<f32>(vec2<i32>(sum_of(q0) + sum_of(q1) + sum_of(q2) + sum_of(q3), sum_of(q4) + sum_of(q5) + sum_of(q6) + sum_of(q7)));
 # endmacro
@@ -41,7 +41,7 @@ fn sum_of(word: u32) -> i32 {
   top = max(top, subgroupShuffleXor(top, {{ i }}u));
 # endfor
   let d = bitcast<f32>(top) / 127.0;
-  let q = rounded(v, per_d(top));
+  let q = bytes_of(v, per_d(top));
   var half = sum_of(q);
   half += subgroupShuffleXor(half, 1u);
   half += subgroupShuffleXor(half, 2u);

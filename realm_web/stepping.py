@@ -29,7 +29,7 @@ from realm_web.runtime.adapters import open_device
 from realm_web.runtime.device import Readback
 from realm_web.scheduler import Batch, Output, Request, Scheduler
 from realm_web.tuning import Store
-from realm_web.turns import Turns
+from realm_web.turns import Events, Turns
 
 MAX_DEPTH = 16
 # At most, and to begin with: numpy runs a step when it is submitted, so there is nothing to overlap; in a
@@ -66,7 +66,7 @@ class Stepper:
             max_context=runner.context, prefix_cache=runner.prefix_cache, tenant_weights=tenant_weights,
         )  # fmt: skip
         self.pacing = Pacing(*STEPS_IN_FLIGHT.get(runner.device.kind, (MAX_DEPTH, 2)))
-        self.turns = Turns(self._fill) if runner.device.kind in BLOCKING else None
+        self.turns = Turns(self._fill) if runner.device.kind in BLOCKING else Events()
         self.grammars: GrammarEngine | None = None  # from the first answer with a grammar on
         self.answers: dict[str, Answer] = {}  # that have not ended, by request
         self._n_in_flight = 0
@@ -117,7 +117,7 @@ class Stepper:
     def _fill(self) -> None:
         """Submit until enough steps are in flight or nothing more can run."""
         try:
-            while self._may_submit():
+            while self.turns.may_submit(self._n_in_flight, self.pacing.depth):
                 if self._closed or self._busy or self._draining:
                     return
                 if self._held is not None and not self._draw_held():
@@ -134,11 +134,6 @@ class Stepper:
         except Exception as error:  # of the device, or a bug of ours: whoever waits must hear of it
             self._failed(error)
 
-    def _may_submit(self) -> bool:
-        if self.turns is not None:
-            return self.turns.may_submit(self._n_in_flight, self.pacing.depth)
-        return self._n_in_flight < self.pacing.depth
-
     def _submit(self, batch: Batch, bucket: Bucket, requests: list[Request]) -> None:
         readback = self.runner.run(batch, bucket, requests)
         if readback is None:
@@ -153,10 +148,7 @@ class Stepper:
         def heard(data: bytes | BaseException) -> None:
             self._arrive(epoch, batch, bucket, data)
 
-        if self.turns is not None:
-            self.turns.expect(readback, bucket, heard)
-        else:
-            readback.then(heard)
+        self.turns.expect(readback, bucket, heard)
 
     def _draw_held(self) -> bool:
         """Draw the held batch's tokens, if every mask can be told by now."""
@@ -357,8 +349,7 @@ class Stepper:
         self._n_in_flight = 0
         self._held = None
         self._draining = False
-        if self.turns is not None:
-            self.turns.forget()
+        self.turns.forget()
         self.scheduler.reset()
         self.runner.forget()
         self.pacing.pause()

@@ -6,6 +6,9 @@ step is left alone until shortly before its end. Only then does the next one go 
 meanwhile is in it, and waits for the rest of one step rather than for a whole one more (8B, 32 sequences:
 11.6 ms a step).
 
+In a page results are events, which take nobody's turn; there a long step only keeps others out by standing in
+front of them.
+
 Knows times and callbacks; neither what a step is nor what is asked of it.
 """
 
@@ -20,6 +23,7 @@ from realm_web.runtime.device import Readback
 
 Heard = Callable[[bytes | BaseException], None]
 
+ENOUGH = 10e-3  # seconds of work in flight, of which results that come late hide the first ones
 SHORT = 1e-3  # seconds of work in flight up to which more is given at once
 MARGIN = 3e-3  # before the end of a step: timers come up to 1 ms late, encoding the next takes up to 1
 TURNS = 3  # of the event loop: a request on a socket is read, parsed and asked
@@ -32,28 +36,28 @@ class Foresight:
     The least of the last few counts: one that is thought too short costs nothing but a turn.
 
     >>> ahead = Foresight()
-    >>> ahead.submit("decode", 0.0), ahead.arrive(2.0)
-    (None, None)
-    >>> ahead.submit("decode", 2.0), ahead.submit("decode", 2.0)
-    (None, None)
+    >>> ahead.arrive(ahead.submit("decode", 0.0), 2.0)
+    >>> steps = [ahead.submit("decode", 2.0) for _ in range(2)]
     >>> ahead.until_next(2.5), ahead.until_all(2.5)
     (1.5, 3.5)
     """
 
     def __init__(self) -> None:
         self._kinds: dict[Hashable, _Durations] = {}
-        self._steps: deque[tuple[_Durations, float]] = deque()  # in flight, and when each was submitted
+        self._steps: deque[Step] = deque()  # in flight
         self._last = 0.0  # when the one before them was done
 
-    def submit(self, kind: Hashable, now: float) -> None:
+    def submit(self, kind: Hashable, now: float) -> Step:
         known = self._kinds.get(kind)
         if known is None:
             known = self._kinds[kind] = _Durations()
-        self._steps.append((known, now))
+        step = known, now
+        self._steps.append(step)
+        return step
 
-    def arrive(self, now: float) -> None:
+    def arrive(self, step: Step, now: float) -> None:
         """The oldest is done, unless it was forgotten."""
-        if self._steps:
+        if self._steps and self._steps[0] is step:
             known, submitted = self._steps.popleft()
             known.add(now - max(submitted, self._last))
             self._last = now
@@ -90,6 +94,37 @@ class _Durations:
         self.least = min(self._last)
 
 
+Step = tuple[_Durations, float]  # and when it was submitted
+
+
+class Events:
+    """The steps in flight of a device whose results come by themselves, in a page some 4 ms late."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._foresight = Foresight()
+
+    def may_submit(self, n_in_flight: int, depth: int) -> bool:
+        """Whether one more step may be in flight now, of at most `depth`."""
+        if n_in_flight < 2:
+            return n_in_flight < depth
+        return n_in_flight < depth and self._foresight.until_all(self._clock()) <= ENOUGH
+
+    def expect(self, readback: Readback, kind: Hashable, heard: Heard) -> None:
+        """A step was submitted; `heard` is called with its results, in the order of submission."""
+        step = self._foresight.submit(kind, self._clock())
+
+        def arrive(data: bytes | BaseException) -> None:
+            self._foresight.arrive(step, self._clock())
+            heard(data)
+
+        readback.then(arrive)
+
+    def forget(self) -> None:
+        """The steps in flight will tell nothing."""
+        self._foresight.forget()
+
+
 class Turns:
     """The steps in flight of a device that blocks, waited for one by one. `fill` submits what can run.
 
@@ -105,7 +140,7 @@ class Turns:
     ):
         self._fill, self._clock, self._sleep = fill, clock, sleep
         self._foresight = Foresight()
-        self._line: deque[tuple[Readback, Heard]] = deque()
+        self._line: deque[tuple[Readback, Step, Heard]] = deque()
         self._due = False  # the wait for the oldest is about to begin
         self._task: asyncio.Task[None] | None = None
 
@@ -120,8 +155,8 @@ class Turns:
 
     def expect(self, readback: Readback, kind: Hashable, heard: Heard) -> None:
         """A step was submitted; `heard` is called with its results, in the order of submission."""
-        self._foresight.submit(kind, self._clock())
-        self._line.append((readback, heard))
+        step = self._foresight.submit(kind, self._clock())
+        self._line.append((readback, step, heard))
         if self._task is None:
             self._task = asyncio.ensure_future(self._wait())
 
@@ -152,11 +187,11 @@ class Turns:
         if spare > 0:
             await self._sleep(spare)
 
-    async def _hear(self, readback: Readback, heard: Heard) -> None:
+    async def _hear(self, readback: Readback, step: Step, heard: Heard) -> None:
         done = asyncio.get_running_loop().create_future()
 
         def arrive(data: bytes | BaseException) -> None:
-            self._foresight.arrive(self._clock())
+            self._foresight.arrive(step, self._clock())
             heard(data)
             if not done.cancelled():
                 done.set_result(None)

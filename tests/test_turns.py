@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from realm_web.turns import MARGIN, Foresight, Turns
+from realm_web.turns import MARGIN, Events, Foresight, Turns
 
 HOST = 0.0002  # seconds that the host needs to submit, and to hand out
 LATE = 0.001  # a timer may come so much later than asked for
@@ -144,13 +144,32 @@ def test_steps_that_are_forgotten_are_not_waited_for():
     assert world.log[0].startswith("wait")
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(0.0006, 16), (0.004, 3), (0.0116, 2)])
+def test_in_a_page_long_steps_are_two_in_flight_and_short_ones_as_many_as_they_may(seconds, most):
+    now, late = 0.0, []
+    events = Events(clock=lambda: now)
+
+    class Late:
+        def then(self, callback):
+            late.append(callback)
+
+    for _ in range(20):
+        while events.may_submit(len(late), 16):
+            events.expect(Late(), "step", lambda data: None)
+        now += seconds
+        late.pop(0)(b"")
+    assert len(late) == most - 1
+
+
 def test_nothing_is_foreseen_of_what_never_ran():
     ahead = Foresight()
     assert ahead.until_all(5.0) == ahead.until_next(5.0) == 0.0
-    ahead.submit("new", 5.0)
+    lost = ahead.submit("new", 4.0)
+    ahead.forget()
+    step = ahead.submit("new", 5.0)
     assert ahead.until_all(5.0) == 0.0
-    ahead.arrive(9.0)
-    ahead.arrive(9.5)  # of one that was forgotten
+    ahead.arrive(lost, 8.0)
+    ahead.arrive(step, 9.0)
     ahead.submit("new", 10.0)
     assert ahead.until_all(11.0) == 3.0
 
@@ -158,8 +177,8 @@ def test_nothing_is_foreseen_of_what_never_ran():
 def test_the_shortest_of_the_last_durations_is_foreseen():
     ahead, now = Foresight(), 0.0
     for took in (1.0, 5.0, 4.0, 6.0, 7.0):
-        ahead.submit("step", now)
+        step = ahead.submit("step", now)
         now += took
-        ahead.arrive(now)
+        ahead.arrive(step, now)
     ahead.submit("step", now)
     assert ahead.until_all(now) == 4.0

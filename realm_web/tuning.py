@@ -13,14 +13,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from realm_web.errors import FormatError
 from realm_web.ops import MATVEC_ROWS, Activations, Recorder, linear, makes_bytes
-from realm_web.ops.matrices import Matvec, Shape, default_matvec, shape_of
+from realm_web.ops.matrices import Matvec, Shape, default_matvec, memory_for, shape_of, staged_bytes
 from realm_web.quants import activation_words
 from realm_web.runtime import profiler
 from realm_web.runtime.device import Device, Program
@@ -141,24 +141,38 @@ def products(matrices: Iterable[tuple[Weight, str, str]]) -> list[Product]:
     return [Product(tuple(weights), act, x) for (*_, act, x), weights in alike.items()]
 
 
-def candidates(default: Matvec, shape: Shape, largest: int) -> tuple[Matvec, ...]:
-    """The default, then what could be faster in workgroups of at most `largest` threads."""
+def candidates(default: Matvec, shape: Shape, largest: int, room: int) -> tuple[Matvec, ...]:
+    """The default, then what could be faster in workgroups of `largest` threads, `room` bytes, at most."""
+    tried = _of_several(default, shape) if shape.m_tile > 1 else _of_one(default, shape)
+    found = dict.fromkeys(v for v in tried if v.wg <= largest and _sensible(v, shape, room))
+    found.pop(default, None)
+    return default, *found
+
+
+def _of_one(default: Matvec, shape: Shape) -> Iterator[Matvec]:
     size = default.subgroup or 16
-    found = [default]
-    if shape.m_tile == 8:
-        other = 4 if default.m_tile == 8 else 8
-        found.append(replace(default, m_tile=other))
     for wg in (256, 512) if shape.fills_memory or shape.to_bytes else (256,):
         for lanes in (size, 2 * size, 4 * size):
             for rows in (1, 2, 4):
                 for unroll in (1, 2):
-                    variant = replace(default, lanes=lanes, rows=rows, unroll=unroll, wg=wg)
-                    if wg <= largest and variant not in found and _sensible(variant, shape):
-                        found.append(variant)
-    return tuple(found)
+                    yield replace(default, lanes=lanes, rows=rows, unroll=unroll, wg=wg)
 
 
-def _sensible(v: Matvec, shape: Shape) -> bool:
+def _of_several(default: Matvec, shape: Shape) -> Iterator[Matvec]:
+    """What was fastest for some shape or format on an NVIDIA H200."""
+    size = default.subgroup or 16
+    for subgroups, loads, wg, m_tile, ahead, stage in (  # that share weight rows; and those
+        (0.5, 4, 128, 8, 1, 1), (1, 4, 128, 8, 1, 1), (1, 4, 256, 8, 1, 1), (2, 4, 128, 8, 1, 0),
+        (2, 4, 256, 8, 1, 0), (4, 4, 128, 8, 1, 0), (2, 4, 256, 8, 1, 1), (2, 2, 512, 8, 1, 1),
+        (1, 2, 256, 8, 1, 1), (2, 2, 128, 8, 0, 0), (1, 4, 128, 8, 0, 0), (1, 4, 256, 4, 0, 0),
+    ):  # fmt: skip
+        yield replace(
+            default, lanes=max(int(subgroups * size), 1), rows=max(loads // (1 + shape.act), 1), wg=wg,
+            m_tile=min(m_tile, shape.m_tile), ahead=ahead, stage=stage,
+        )  # fmt: skip
+
+
+def _sensible(v: Matvec, shape: Shape, room: int) -> bool:
     """Neither idle lanes, nor more loads and sums than a thread has registers for; whole chunks of bytes."""
     if v.lanes > v.wg or v.lanes * v.unroll > max(shape.k // 32, v.subgroup or 16):
         return False
@@ -166,9 +180,9 @@ def _sensible(v: Matvec, shape: Shape) -> bool:
         return False
     loads = v.rows * v.unroll * (1 + shape.act)
     sums = v.rows * v.m_tile * (1 + shape.act)
-    if not v.subgroup and 4 * sums * v.wg > 4096:  # bytes of workgroup memory in which they meet
-        return False
-    return loads <= 8 and sums <= 32 and (v.m_tile == 1 or v.unroll == 1)
+    if not v.subgroup:  # sums meet in workgroup memory
+        return loads <= 8 and 4 * sums * v.wg <= 4096 and not v.stage
+    return loads <= 8 and sums <= 32 and staged_bytes(v.lanes, v.m_tile) * v.stage <= room
 
 
 def best(timings: Sequence[Timing], *, margin: float = 0.02) -> list[Timing]:
@@ -296,7 +310,8 @@ class _Bench:
     async def _measure(self, product: Product, m: int) -> list[Timing]:
         device, shape = self._device, self.shape(product, m)
         default = default_matvec(device, shape, ints=True)
-        tried = candidates(default, shape, device.limits.max_invocations)
+        room = memory_for(device, shape.fmt)
+        tried = candidates(default, shape, device.limits.max_invocations, room)
         programs = [self._program(product, m, shape, variant) for variant in tried]
         await device.compile()
         await self._warm_up(programs[0])

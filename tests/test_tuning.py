@@ -58,13 +58,14 @@ def test_candidates_begin_with_the_default_and_are_all_different():
         for k in (576, 4096, 14336):
             for act in (False, True):
                 of = Shape("Q4_K", 4096, k, m, act, own=m == 1, to_bytes=act and m == 1)
-                found = tuning.candidates(default, of, 512)
+                found = tuning.candidates(default, of, 512, 28 << 10)
                 assert found[0] == default
                 assert len(set(found)) == len(found)
                 assert {v.m_tile for v in found} <= ({1} if m == 1 else {4, 8})
                 assert all(v.wg % v.lanes == 0 for v in found)
                 assert all(v.wg // v.lanes * v.rows % 32 == 0 for v in found[1:] if of.to_bytes)
-                assert 2 <= len(found) <= 40
+                assert all(48 * v.m_tile * v.lanes * v.stage <= 28 << 10 for v in found)
+                assert 2 <= len(found) <= (40 if m == 1 else 13)
 
 
 def test_choices_survive_being_written_down():

@@ -48,14 +48,16 @@ class Shape:
     act: bool  # n gate rows, and n that they gate
     own: bool  # each workgroup makes its activations itself
     to_bytes: bool = False  # and what comes out is bytes
+    second: str = ""  # the format of the last rows, if those have one of their own
 
     def __str__(self) -> str:
         made = " from float32" * self.own + " to bytes" * self.to_bytes
-        return f"{self.fmt} {'2 x ' * self.act}{self.n} x {self.k}, {self.m_tile} rows{made}"
+        fmt = f"{self.fmt} and {self.second}" if self.second else self.fmt
+        return f"{fmt} {'2 x ' * self.act}{self.n} x {self.k}, {self.m_tile} rows{made}"
 
     def beside(self, second: Weight) -> Shape:
         """With the rows of a second weight after these."""
-        return replace(self, fmt=f"{self.fmt} and {second.fmt.name}", n=self.n + second.n)
+        return replace(self, second=second.fmt.name, n=self.n + second.n)
 
     @property
     def fills_memory(self) -> bool:
@@ -97,16 +99,12 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
     """
     if not device.subgroup_size:  # sums meet in workgroup memory, which is small
         return Matvec(size, 1 if shape.m_tile > 1 else 2, 64 if shape.m_tile > 1 else 128, shape.m_tile, 0)
-    n = shape.n * (1 + shape.act)
-    lanes = size if n >= 8192 or shape.k < 64 * size else 2 * size
     most = min(512, device.limits.max_invocations)
     subgroup = device.subgroup_size
     if shape.m_tile > 1:
-        if shape.act:
-            return Matvec(size, 1, 128, shape.m_tile, subgroup)
-        if shape.m_tile > 2:  # of 8 rows 4 at a time: the caches still hold the weights for the others
-            return Matvec(size, 2, 256, 4, subgroup)
-        return Matvec(2 * size, 2, 256, shape.m_tile, subgroup)
+        return _default_several(device, shape, most)
+    n = shape.n * (1 + shape.act)
+    lanes = size if n >= 8192 or shape.k < 64 * size else 2 * size
     if shape.to_bytes:
         return Matvec(size, max(1, 32 * size // most), most, 1, subgroup)
     if not shape.fills_memory:
@@ -118,6 +116,36 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
     if shape.k >= 8192:
         lanes = 4 * size
     return Matvec(lanes, 2, most, 1, subgroup, unroll=1 if shape.act else 2)
+
+
+def _default_several(device: Device, shape: Shape, most: int) -> Matvec:
+    """Of 2 to 8 rows: a thread has 4 rows of weights, so that activations are loaded a quarter as often.
+
+    Where the groups of a workgroup are many, they bring the activations of a turn into its memory together.
+    """
+    size, m, room = device.subgroup_size, shape.m_tile, memory_for(device, shape.fmt)
+    if shape.act:
+        lanes, rows, wg, stage = (max(size // 2, 1) if m == 8 else size), 2, 128, True
+    elif m < 8:
+        lanes, rows, wg, stage = 2 * size, 2, 256, False
+    elif shape.n > 4096:
+        lanes, rows, wg, stage = size, 4, 128, True
+    else:
+        lanes, rows, wg, stage = (4 if shape.n <= 2048 and shape.k >= 8192 else 2) * size, 4, 128, False
+    while lanes > size and lanes > shape.k // 32:
+        lanes //= 2
+    stage = stage and staged_bytes(lanes, m) <= room
+    return Matvec(lanes, rows, min(most, max(wg, lanes)), m, size, ahead=1, stage=int(stage))
+
+
+def staged_bytes(lanes: int, m_tile: int) -> int:
+    """Of the activations of a turn in workgroup memory."""
+    return 48 * m_tile * lanes
+
+
+def memory_for(device: Device, fmt: str) -> int:
+    """Bytes of workgroup memory that are left beside the table of a format, and sums."""
+    return min(28 << 10, device.limits.max_shared - 4096 - _table_bytes(FORMATS[fmt]))
 
 
 def linear(

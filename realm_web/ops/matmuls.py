@@ -110,7 +110,11 @@ def _share(tiles: Tiles, k: int) -> int:
 
 
 def _cut(tiles: Tiles, n: int, k: int, m: int) -> Tiles:
-    """Cut k into shares where the tiles are too few to fill a large GPU."""
+    """Cut k into shares where the tiles are too few to fill a large GPU.
+
+    Of a bucket of rows only a little more than half may be there, and the other tiles end at once.
+    """
+    m = m * 5 // 8 if m > 64 else m
     chunks, splits = dict(tiles.tuning)["chunks"], 1
     while k // 32 % chunks:  # rows of an odd number of chunks are taken one by one
         chunks //= 2

@@ -219,8 +219,7 @@ class Transformer:
         elif attention.qk_norm:
             ops.qk_norm(r, qkv, *attention.qk_norm, c.norm_eps)
         n, k = r.n_rows, n_heads * c.head_dim
-        # of one row the output product makes bytes itself
-        to_bytes = n > 1 and attention.output.form(r) == "bytes" and ops.attends_to_bytes(r, c.head_dim)
+        to_bytes = attention.output.form(r) == "bytes" and ops.attends_to_bytes(r, c.head_dim)
         out = r.scratch("attended", n, activation_words(k) if to_bytes else k)
         ops.attention(
             r, qkv, rope, pages, out, n_heads=n_heads, scale=c.attention_scale, norm=norm, window=kind.window,

@@ -117,8 +117,11 @@ def attention(
 
 
 def attends_to_bytes(r: Recorder, head_dim: int) -> bool:
-    """Whether what is attended to can come as bytes: of rows, not tiles; and by neighbours in a subgroup."""
-    return r.qt == 1 and head_dim % 32 == 0 and 8 <= r.device.subgroup_size <= 64
+    """Whether what is attended to can come as bytes: of rows, not tiles; and by neighbours in a subgroup.
+
+    Not of one row, which the output product brings into bytes itself.
+    """
+    return r.n_rows > 1 and r.qt == 1 and head_dim % 32 == 0 and 8 <= r.device.subgroup_size <= 64
 
 
 def _rows(

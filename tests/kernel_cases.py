@@ -115,7 +115,7 @@ def packed(fmt: str, n: int, k: int, rng: np.random.Generator) -> list[np.ndarra
 
 def bindings(fmt: str, raw: np.ndarray) -> list[np.ndarray]:
     grid = FORMATS[fmt].grid
-    table = [np.frombuffer(grids.rows(grid), np.uint32)] if grid else []
+    table = [np.frombuffer(grids.table(grid), np.uint32)] if grid else []
     return [*dequant.repack(fmt, raw).values(), *table]
 
 
@@ -243,7 +243,7 @@ def resolve(case: Case, subgroup_size: int, features: frozenset[str]) -> dict[st
     if not set(case.needs) <= features or (case.subgroup and not subgroup_size):
         return None
     makes_bytes = case.consts.get("out_as") == "ints" or case.consts.get("made") == "bytes"
-    makes_bytes |= case.consts.get("to_bytes", False)
+    makes_bytes |= case.consts.get("to_bytes", False) or case.consts.get("then", False)
     if case.subgroup and makes_bytes and subgroup_size < 8:
         return None  # a chunk of bytes is made by eight lanes of a subgroup
     return {k: subgroup_size if v == -1 and k in ("subgroup", "lanes") else v for k, v in case.consts.items()}

@@ -23,32 +23,42 @@ def cases() -> Iterator[Case]:
 
 
 def norm_cases() -> Iterator[Case]:
-    for dim, wg, gather, ints, subgroup in (
-        (64, 64, False, False, 0),
-        (576, 256, False, False, 0),
-        (96, 64, True, False, 0),
-        (576, 256, False, False, -1),
-        (576, 256, False, True, -1),
-        (96, 64, True, True, 0),
+    for dim, wg, gather, kind, subgroup in (
+        (64, 64, False, "", 0),
+        (576, 256, False, "", 0),
+        (96, 64, True, "residual", 0),
+        (576, 256, False, "", -1),
+        (576, 256, False, "ints", -1),
+        (96, 64, True, "ints", 0),
+        (576, 64, False, "then", -1),
     ):
+        ints, then = kind == "ints", kind == "then"
 
-        def tensors(rng, dim=dim, gather=gather, ints=ints):
+        def tensors(rng, dim=dim, gather=gather, ints=ints, then=then):
             step = step_words([(0, 3), (7, 1), (2, 2)], rng=rng)
             if gather:
                 step[ST.seqs + ST.SEQ_WORDS + ST.LOGITS_ROW] = NONE
             out = np.zeros((8, activation_words(dim)), np.uint32) if ints else normal(rng, 8, dim)
-            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), out]
+            made = [normal(rng, dim), np.zeros((8, activation_words(dim)), np.uint32)] * then
+            return [step, normal(rng, 8, dim) * 3, normal(rng, dim), out, *made]
 
         consts = {
-            "dim": dim, "eps": 1e-5, "gather": gather, "residual": dim == 96 and not ints, "ints": ints,
-            "wg": wg, "subgroup": subgroup, "st": ST,
+            "dim": dim, "eps": 1e-5, "gather": gather, "residual": kind in ("residual", "then"), "ints": ints,
+            "then": then, "wg": wg, "subgroup": subgroup, "st": ST,
         }  # fmt: skip
-        name = f"rmsnorm {dim} wg {wg}{' gather' * gather}{' to bytes' * ints}{' subgroups' * bool(subgroup)}"
-        needs = ("subgroups",) if subgroup else ()
-        tolerance, dtype = (STEP, f"bytes of {dim}") if ints else (SUM, "f32")
-        yield Case(
-            name, "rmsnorm", consts, tensors, (3,), (8,), tolerance, needs, subgroup=subgroup, dtype=dtype
+        name = (
+            f"rmsnorm {dim} wg {wg}{' gather' * gather}{' to bytes' * ints}{' subgroups' * bool(subgroup)}"
+            f"{' then' * then}"
         )
+        needs = ("subgroups",) if subgroup else ()
+        in_bytes = STEP, f"bytes of {dim}"
+        for output, (tolerance, dtype) in ((3, in_bytes if ints else (SUM, "f32")), (5, in_bytes))[
+            : 1 + then
+        ]:
+            yield Case(
+                name + " bytes" * (output == 5), "rmsnorm", consts, tensors, (output,), (8,), tolerance,
+                needs, subgroup=subgroup, dtype=dtype,
+            )  # fmt: skip
     for len_q, len_k, subgroup in ((40, 40, 0), (96, 48, -1)):
 
         def slices(rng, len_q=len_q, len_k=len_k):
@@ -144,7 +154,7 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
              bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32",
-             out_as="f32", fmt2="", n1=0, ahead=0, stage=0):  # fmt: skip
+             out_as="f32", fmt2="", n1=0, ahead=0, stage=0, table=0):  # fmt: skip
         stride = activation_words(n) if out_as == "ints" else n + offset
         tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as, fmt2, n1)
         consts = {
@@ -153,12 +163,14 @@ def matvec_cases() -> Iterator[Case]:
             "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as,
             "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile, "unroll": unroll,
             "subgroup": subgroup, "grid_x": fold, "st": ST, "ahead": ahead, "stage": stage,
+            "table": table,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
             f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
             f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
             f"{f' and {fmt2} from {n1}' * bool(fmt2)}{' ahead' * ahead}{' staged' * stage}"
+            f"{f' table {table}' * bool(table)}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
         tolerance, dtype = (STEP, f"bytes of {n}") if out_as == "ints" else (FMA, "f32")
@@ -174,6 +186,11 @@ def matvec_cases() -> Iterator[Case]:
         yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
         if fmt not in FLOATS:
             yield case(fmt, lanes=16, rows=2, x_as="ints", act="silu_mul", m=3, m_tile=4, k=768, unroll=2)
+    for fmt, wg, table in (
+        ("MXFP4", 64, 8192), ("IQ4_XS", 256, 12000), ("IQ4_NL", 256, 3072), ("IQ2_XXS", 128, 16384),
+        ("IQ3_S", 96, 8192), ("IQ1_M", 64, 16384),
+    ):  # fmt: skip
+        yield case(fmt, x_as="ints", lanes=4, k=768, n=wg // 4 + 3, wg=wg, table=table)
     for fmt in ("Q4_1", "Q4_K", "Q6_K"):
         # -1: the device's subgroup size
         yield case(fmt, lanes=-1, subgroup=-1, rows=2, bias=True, residual=True)

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import tiny
 from probe import greedy, last_logits
 
@@ -35,7 +36,7 @@ def test_sums_of_shares_make_the_next_products_bytes(tmp_path, monkeypatch):
     normed = [label for label in labels if label.endswith("and norm to bytes")]
     assert len(normed) == 3  # two layers, and no norm after the last
     assert "quantise hidden" not in labels
-    monkeypatch.setattr(matmuls, "_can_make", lambda device, x: False)
+    monkeypatch.setattr(ops.Activations, "may_be_made", lambda x, device: False)
     apart, others = asyncio.run(run(model.path))
     assert len(others) == len(labels) + len(normed) + 2
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()  # a byte may be rounded the other way
@@ -49,6 +50,20 @@ def test_attention_of_a_few_rows_makes_the_output_products_bytes(tmp_path, monke
     monkeypatch.setattr(ops, "attends_to_bytes", lambda r, head_dim: False)
     apart, others = asyncio.run(run(model.path, PROMPT[:6]))
     assert others.count("quantise attended") == 2
+    assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()
+
+
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_a_norm_behind_a_norm_is_made_with_it(tmp_path, monkeypatch, n_rows):
+    norms = {f"blk.{i}.post_{part}_norm.weight": (256,) for i in range(2) for part in ("attention", "ffw")}
+    norms |= {f"blk.{i}.attn_{x}_norm.weight": (64,) for i in range(2) for x in "qk"}
+    options = {"architecture": "gemma3", "shapes": norms, "tied": True, "quant": "Q4_K"}
+    model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=512, **options).path
+    together, labels = asyncio.run(run(model, PROMPT[:n_rows]))
+    monkeypatch.setattr(ops.Activations, "may_be_made", lambda x, device: False)
+    apart, others = asyncio.run(run(model, PROMPT[:n_rows]))
+    fewer = 3 if n_rows > 1 else 0  # one row is normed by the product itself
+    assert labels.count("rmsnorm") == others.count("rmsnorm") - fewer
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()
 
 

@@ -147,7 +147,8 @@ class Transformer:
 
         That is "norm", "plain" (float32), or "bytes" that are made already.
         """
-        before = "plain" if self.config.arch.norms == "post" else "norm"
+        norms = self.config.arch.norms
+        before = {"post": "plain", "both": "bytes", "pre": "norm"}[norms]  # norms behind norms make bytes
         found = [(self.output, "", "bytes")]
         for layer in self.layers:
             mixer, ffn = layer.mixer, layer.ffn
@@ -249,7 +250,10 @@ class Transformer:
             return
         added = r.scratch("added", *x.shape)
         record(added, residual=False, scale=c.residual_scale)
-        ops.rmsnorm(r, added, post_norm, x, c.norm_eps, residual=True)
+        made = None
+        if then is not None and then.form == "bytes" and then.may_be_made(r.device):
+            made = then.norm, *then.to_fill(r)
+        ops.rmsnorm(r, added, post_norm, x, c.norm_eps, residual=True, then=made)
 
     def _layer(self, i: int) -> Layer:
         c, at = self.config, f"blk.{i}."

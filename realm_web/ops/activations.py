@@ -10,6 +10,7 @@ from __future__ import annotations
 from realm_web.ops.recorder import Recorder
 from realm_web.ops.rows import rmsnorm, row_threads
 from realm_web.quants import activation_words
+from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor
 
 
@@ -67,6 +68,12 @@ class Activations:
             else:
                 self._quantise(r, self.floats(r), self._bytes)
         return self._bytes
+
+    def may_be_made(self, device: Device) -> bool:
+        """Whether what makes x can put it in its form: bytes take neighbours that can talk to each other."""
+        if not (self.norm or self.only) or self.k % 32:
+            return False
+        return self.form == "halves" or (self.form == "bytes" and 8 <= device.subgroup_size <= 64)
 
     def to_fill(self, r: Recorder) -> tuple[Tensor, ...]:
         """Where what makes x is to put them in their form: from then on they are there."""

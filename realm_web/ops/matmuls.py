@@ -171,7 +171,7 @@ def _sum(
     n, width = consts["n"], 4
     if n % 4 or consts["out_stride"] % 4 or consts["out_offset"] % 4:
         width = 1
-    if then is not None and not (n == consts["out_stride"] and _can_make(r.device, then)):
+    if then is not None and not (n == consts["out_stride"] and then.may_be_made(r.device)):
         then = None
     made = then.form if then else ""
     normed, kept = then is not None and then.norm is not None, then is None or not then.only
@@ -185,13 +185,6 @@ def _sum(
     grid = (1 if by_rows else -(-n // (width * wg)), m)
     name = f"{kernel.name} {label}{' and norm' * normed}{f' to {made}' if made else ''}"
     r.add(kernel, [*given, *(then.to_fill(r) if then else ())], grid, name)
-
-
-def _can_make(device: Device, x: Activations) -> bool:
-    """Whether the pass that sums shares can make x: bytes take neighbours that can talk to each other."""
-    if not (x.norm or x.only) or x.k % 32:
-        return False
-    return x.form == "halves" or (x.form == "bytes" and 8 <= device.subgroup_size <= 64)
 
 
 def has_units(device: Device) -> bool:

@@ -43,17 +43,19 @@ def row_threads(device: Device, dim: int) -> int:
 def rmsnorm(
     r: Recorder, x: Tensor, weight: Tensor, out: Tensor, eps: float, *,
     gather: bool = False, residual: bool = False, ints: bool = False,
+    then: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """out = norm(x) * weight, or += with residual. gather: out's rows are those that draw a token.
 
-    With `ints` out's rows are bytes and scales, `activation_words(dim)` of them.
+    With `ints` out's rows are bytes and scales, `activation_words(dim)` of them. `then`: a weight and rows of
+    bytes for the norm of what becomes of out.
     """
     dim = x.shape[-1]
     kernel = r.device.kernel(
         "rmsnorm", dim=dim, eps=eps, gather=gather, residual=residual, ints=ints,
-        wg=row_threads(r.device, dim), subgroup=r.device.subgroup_size, st=r.layout,
+        then=then is not None, wg=row_threads(r.device, dim), subgroup=r.device.subgroup_size, st=r.layout,
     )  # fmt: skip
-    r.add(kernel, (r.step, x, weight, out), (r.n_seqs if gather else r.n_rows,))
+    r.add(kernel, (r.step, x, weight, out, *(then or ())), (r.n_seqs if gather else r.n_rows,))
 
 
 def gated(r: Recorder, x: Tensor, out: Tensor, act: str) -> None:

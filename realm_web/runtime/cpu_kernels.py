@@ -155,6 +155,9 @@ def rmsnorm(c: dict, views: list[np.ndarray]) -> None:
         return
     normed = x * rms_factor(x, c["eps"]) * weight
     out[to] = out[to] + normed if c["residual"] else normed
+    if c["then"]:
+        weight, rows, x = v.f32(dim), v.u32(-1, activation_words(dim)), out[to]
+        put_bytes(rows, to, *to_bytes(x * weight), rms_factor(x, c["eps"]))
 
 
 @twin

@@ -4,7 +4,7 @@ Written down once: the numpy oracles and the shaders read them from here. A *gri
 8 weight magnitudes, chosen by ggml from all rows over a few values. Its rows are in ascending order when a
 row is read as a number (the first weight is the lowest digit, a digit is an index into the values), so the
 set says everything: `members` is a bitmap of those numbers, lowest bit first, in base 85. `rows` expands it
-to a byte per weight, which is also what the GPU gets.
+to a byte per weight, `table` to what the GPU gets.
 """
 
 from base64 import b85decode
@@ -49,6 +49,18 @@ def rows(name: str) -> bytes:
         if members[number >> 3] >> (number & 7) & 1:
             table += bytes(digits[number // base**i % base] for i in range(grid.length))
     return bytes(table)
+
+
+@cache
+def table(name: str) -> bytes:
+    """The grid as the GPU gets it: its rows; of IQ1's a word each, whose bytes are 8 * (value + 1).
+
+    The first half of such a row is at bits 3 and 4 of the bytes, the second two bits above.
+    """
+    if name != "iq1":
+        return rows(name)
+    codes = [(value + 1) & 3 for value in rows(name)]
+    return bytes(codes[i + j] << 3 | codes[i + j + 4] << 5 for i in range(0, len(codes), 8) for j in range(4))
 
 
 GRIDS: dict[str, Grid] = {

@@ -8,14 +8,16 @@ raw block is unaligned. Loading repacks each tensor once, block by block, into a
 aligned words. All parts are flat over the tensor in row-major order. A *chunk* is 32 consecutive weights of a
 row; rows are a multiple of 32 long, so chunk `row * (K / 32) + k / 32` holds weight `(row, k)`.
 
-The codes of a chunk come in four shapes:
+The codes of a chunk come in five shapes:
 - nibbles, 16 bytes (one `vec4<u32>`): byte i holds weight i low and weight i + 16 high;
+- pairs, 16 bytes: nibbles too, but byte i holds weight 2i low and weight 2i + 1 high, so that a byte is an
+  index into a table of the bytes of two neighbours;
 - crumbs (two bits), 8 bytes (one `vec2<u32>`): byte b of word w holds weight 16w + 4k + b at bit 2k;
 - lanes (one bit), one word: byte b holds weight 4i + b at bit i;
 - rows of a grid (`grids.py`): an index names 4 or 8 weights. Formats with a grid have one more binding after
-  their parts: the table of its rows, a byte per weight, the same for all tensors.
+  their parts: the table of its rows, the same for all tensors.
 
-From the first three a shift and a mask of a word take four weights, one in each byte.
+From nibbles, crumbs and lanes a shift and a mask of a word take four weights, one in each byte.
 
 | format | part | per | content |
 |---|---|---|---|
@@ -40,14 +42,15 @@ From the first three a shift and a mask of a word take four weights, one in each
 | Q3_K | q | chunk, 1 vec2 | crumbs: the low two bits |
 | | b | chunk, 1 word | lanes: the third bit |
 | | s | 256-block, 5 words | f16 d; 16 bytes, for 16 weights each: scale + 32 |
-| IQ4_NL | q, s | | as Q4_0; a weight is d * codebook[q] |
+| IQ4_NL | q | chunk, 1 vec4 | pairs |
+| | s | chunk, 1 word | f16 d low; a weight is d * codebook[q] |
 | IQ4_XS | h | 256-block, 1 vec2 | the raw header: f16 d, high pairs and low nibbles of the scales |
-| | q | chunk, 1 vec4 | nibbles |
+| | q | chunk, 1 vec4 | pairs |
 | TQ1_0, TQ2_0 | q | chunk, 1 vec2 | crumbs: weight / d + 1 |
 | | s | 256-block, 1 word | f16 d |
-| MXFP4 | q | chunk, 1 vec4 | nibbles |
+| MXFP4 | q | chunk, 1 vec4 | pairs |
 | | s | chunk, 1 word | the scale as f32 (half of it, as the codebook is doubled) |
-| NVFP4 | q | chunk, 1 vec4 | nibbles |
+| NVFP4 | q | chunk, 1 vec4 | pairs |
 | | s | chunk, 1 word | the halved scales as f16: of weights 0-15 low, of weights 16-31 high |
 | Q1_0 | q | chunk, 1 word | lanes: 1 for d, 0 for -d |
 | | s | 128-block, 1 word | f16 d |
@@ -64,10 +67,12 @@ From the first three a shift and a mask of a word take four weights, one in each
 | | s | 256-block, 10 words | f16 d; a nibble per chunk: scale; a word per chunk: lanes of signs |
 | IQ3_S | q | chunk, 1 vec2 | low 8 bits of 8 row indices |
 | | s | 256-block, 12 words | f16 d; a nibble per chunk: scale; a byte: high bits of indices; a word: signs |
-| IQ1_S | q | chunk, 1 word | low 8 bits of 4 row indices |
-| | s | 256-block, 5 words | f16 d; a half per chunk: 4 times 3 high bits, scale (3 bits), sign of delta |
-| IQ1_M | q | chunk, 1 word | low 8 bits of 4 row indices |
-| | s | 256-block, 6 words | a nibble per row: 3 high bits, sign of delta; 4 halves: 4 scales, 4 bits of d |
+| IQ1_S | q | chunk, 1 word | rows 0 and 1, 11 bits each; the low 10 bits of row 2 |
+| | s | 256-block, 5 words | f16 d; a half per chunk: the high bit of row 2, row 3 (11 bits), scale (3 |
+| | | | bits), 1 where delta is up |
+| IQ1_M | q | chunk, 1 word | as IQ1_S |
+| | s | 256-block, 6 words | f16 d; for each chunk 2 bits: the high ones of its scales; a nibble: the |
+| | | | low pairs; a half: the high bit of row 2, row 3, for each row 1 where delta is up |
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from realm_web.errors import DeviceError
-from realm_web.grids import rows as grid_rows
+from realm_web.grids import table as grid_table
 from realm_web.quants import QuantFormat
 from realm_web.runtime.device import Buffer, Device, View
 
@@ -106,4 +106,4 @@ def _alloc_shard(device: Device, fmt: QuantFormat, first: int, n_rows: int, k: i
 
 def _table(fmt: QuantFormat) -> bytes:
     """What is stored after the parts: the rows of the format's grid, if it has one."""
-    return grid_rows(fmt.grid) if fmt.grid else b""
+    return grid_table(fmt.grid) if fmt.grid else b""

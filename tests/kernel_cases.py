@@ -115,7 +115,7 @@ def packed(fmt: str, n: int, k: int, rng: np.random.Generator) -> list[np.ndarra
 
 def bindings(fmt: str, raw: np.ndarray) -> list[np.ndarray]:
     grid = FORMATS[fmt].grid
-    table = [np.frombuffer(grids.rows(grid), np.uint32)] if grid else []
+    table = [np.frombuffer(grids.table(grid), np.uint32)] if grid else []
     return [*dequant.repack(fmt, raw).values(), *table]
 
 

@@ -48,6 +48,16 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     return codes[:, :16] | (codes[:, 16:] << np.uint8(4))
 
 
+def pack_pairs(codes: np.ndarray) -> np.ndarray:
+    """Codes below 16, `(n_chunks, 32)`, to bytes `(n_chunks, 16)`: two neighbours each, the first low."""
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+
+
+def pairs(packed: np.ndarray) -> np.ndarray:
+    """What `pack_pairs` packed, `(n_chunks, 16)`, to codes `(n_chunks, 32)`."""
+    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=2).reshape(len(packed), 32)
+
+
 def bits_of(words: np.ndarray) -> np.ndarray:
     """Words `(n,)` to bits uint8 `(n, 32)`, lowest first."""
     return np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")

@@ -16,8 +16,9 @@ from realm_web.dequant.bits import (
     nibbles,
     pack_crumbs,
     pack_lanes,
-    pack_nibbles,
+    pack_pairs,
     padded_half,
+    pairs,
     words,
 )
 from realm_web.grids import CODEBOOKS
@@ -137,21 +138,21 @@ def codebook(name: str) -> np.ndarray:
 
 
 def _iq4_nl_repack(blocks: np.ndarray) -> Parts:
-    return {"q": blocks[:, 2:], "s": padded_half(blocks[:, :2])}
+    return {"q": pack_pairs(nibbles(blocks[:, 2:])), "s": padded_half(blocks[:, :2])}
 
 
 def _iq4_nl_unpack(parts: Parts) -> np.ndarray:
-    return half_of(parts["s"], high=False) * codebook("iq4")[nibbles(as_bytes(parts["q"], 16))]
+    return half_of(parts["s"], high=False) * codebook("iq4")[pairs(as_bytes(parts["q"], 16))]
 
 
 def _mxfp4_repack(blocks: np.ndarray) -> Parts:
     e = blocks[:, 0].astype(np.uint32)  # the scale is 2^(e - 127), halved because the codebook is doubled
     scale = np.where(e < 2, np.uint32(0x00200000) << e, (e - np.uint32(1)) << np.uint32(23))
-    return {"q": blocks[:, 1:], "s": scale}
+    return {"q": pack_pairs(nibbles(blocks[:, 1:])), "s": scale}
 
 
 def _mxfp4_unpack(parts: Parts) -> np.ndarray:
-    return parts["s"].view(np.float32).reshape(-1, 1) * codebook("fp4")[nibbles(as_bytes(parts["q"], 16))]
+    return parts["s"].view(np.float32).reshape(-1, 1) * codebook("fp4")[pairs(as_bytes(parts["q"], 16))]
 
 
 def _ue4m3_halved(codes: np.ndarray) -> np.ndarray:
@@ -165,12 +166,12 @@ def _ue4m3_halved(codes: np.ndarray) -> np.ndarray:
 def _nvfp4_repack(blocks: np.ndarray) -> Parts:
     """Of 16 weights ggml keeps weight i in the low and weight i + 8 in the high nibble of byte i."""
     codes = nibbles(blocks[:, 4:].reshape(-1, 8)).reshape(-1, CHUNK)
-    return {"q": pack_nibbles(codes), "s": _ue4m3_halved(blocks[:, :4])}
+    return {"q": pack_pairs(codes), "s": _ue4m3_halved(blocks[:, :4])}
 
 
 def _nvfp4_unpack(parts: Parts) -> np.ndarray:
     scales = parts["s"].view(np.float16).astype(np.float32).reshape(-1, 2, 1)
-    return scales * codebook("fp4")[nibbles(as_bytes(parts["q"], 16))].reshape(-1, 2, 16)
+    return scales * codebook("fp4")[pairs(as_bytes(parts["q"], 16))].reshape(-1, 2, 16)
 
 
 # -- Q1_0: 128 signs; Q2_0: 64 pairs of bits, in order ----------------------------------------------

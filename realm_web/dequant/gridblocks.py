@@ -172,44 +172,75 @@ def _iq3_s_unpack(parts: Parts) -> np.ndarray:
 # -- IQ1_S: d, low bytes of indices (32), per chunk 16 bits ------------------------------------------
 
 
-def _iq1_s_repack(blocks: np.ndarray) -> Parts:
-    scales = np.concatenate([padded_half(blocks[:, :2]), blocks[:, 34:]], axis=1)
-    return {"q": blocks[:, 2:34], "s": scales}
+def _iq1_pack(index: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of 11 bits `(n_chunks, 4)` and four other bits `(n_chunks,)` to a word and a half per chunk."""
+    i = index.astype(np.uint32)
+    word = i[:, 0] | i[:, 1] << np.uint32(11) | (i[:, 2] & np.uint32(1023)) << np.uint32(22)
+    half = i[:, 2] >> np.uint32(10) | i[:, 3] << np.uint32(1) | rest.astype(np.uint32) << np.uint32(12)
+    return word, half.astype(np.uint16)
 
 
-def _iq1_weights(low: np.ndarray, high: np.ndarray, negative: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Low bytes, 3 high bits and sign of delta per row `(n_chunks, 4)`, scales `(n_chunks, 4 or 1)`."""
-    index = low | high.astype(np.uint16) << np.uint16(8)
-    delta = np.where(negative, -DELTA, DELTA)[..., None]
+def _iq1_index(words: np.ndarray, halves: np.ndarray) -> np.ndarray:
+    """The indices that `_iq1_pack` packed, `(n_chunks, 4)`."""
+    low = words[:, None] >> np.array([0, 11, 22], np.uint32)
+    low[:, 2] |= (halves.astype(np.uint32) & np.uint32(1)) << np.uint32(10)
+    last = halves.astype(np.uint32)[:, None] >> np.uint32(1)
+    return np.concatenate([low, last], axis=1) & np.uint32(2047)
+
+
+def _iq1_weights(index: np.ndarray, up: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows `(n_chunks, 4)`, whether delta is added to them, scales `(n_chunks, 4 or 1)`."""
+    delta = np.where(up, DELTA, -DELTA)[..., None]
     return scale[..., None] * (_table("iq1")[index] + delta)
+
+
+def _iq1_s_repack(blocks: np.ndarray) -> Parts:
+    n = len(blocks)
+    h = np.ascontiguousarray(blocks[:, 34:]).view(np.uint16).reshape(-1, 1)
+    high = h >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
+    index = blocks[:, 2:34].reshape(-1, 4) | high << np.uint16(8)
+    word, half = _iq1_pack(index, h[:, 0] >> np.uint16(12) ^ np.uint16(8))  # delta is down where ggml has a 1
+    half_bytes = half.view(np.uint8).reshape(n, 16)
+    return {"q": word, "s": np.concatenate([padded_half(blocks[:, :2]), half_bytes], axis=1)}
 
 
 def _iq1_s_unpack(parts: Parts) -> np.ndarray:
     s = as_bytes(parts["s"], 20)
-    of_chunks = np.ascontiguousarray(s[:, 4:]).view(np.uint16).reshape(-1, 1)
-    high = of_chunks >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
-    scale = _block_scale(s) * (2 * (of_chunks >> 12 & 7) + 1).astype(np.float32)
-    return _iq1_weights(as_bytes(parts["q"], 4), high, of_chunks >= 0x8000, scale)
+    of_chunks = np.ascontiguousarray(s[:, 4:]).view(np.uint16).reshape(-1)
+    scale = _block_scale(s) * (2 * (of_chunks >> 12 & 7) + 1).astype(np.float32)[:, None]
+    up = np.repeat(of_chunks[:, None] >= 0x8000, 4, axis=1)
+    return _iq1_weights(_iq1_index(parts["q"], of_chunks), up, scale)
 
 
 # -- IQ1_M: low bytes of indices (32), their high bits and signs of delta (16), scales and d (8) ----
 
 
 def _iq1_m_repack(blocks: np.ndarray) -> Parts:
-    return {"q": blocks[:, :32], "s": blocks[:, 32:]}
+    n = len(blocks)
+    rest = blocks[:, 32:48, None] >> np.array([0, 4], np.uint8) & np.uint8(15)
+    rest = rest.reshape(-1, 4)  # a nibble per row
+    index = blocks[:, :32].reshape(-1, 4) | (rest & np.uint8(7)).astype(np.uint16) << np.uint16(8)
+    word, half = _iq1_pack(index, (rest < 8) @ np.array([1, 2, 4, 8], np.uint16))
+    halves = np.ascontiguousarray(blocks[:, 48:]).view(np.uint16)  # (n_blocks, 4)
+    d = np.bitwise_or.reduce((halves >> np.uint16(12)) << np.arange(0, 16, 4, dtype=np.uint16), axis=1)
+    scales = halves[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)
+    scales = scales.reshape(n, 16)  # for 16 weights each
+    high = np.packbits(scales >= 4, axis=1, bitorder="little")
+    low = (scales & 3).astype(np.uint8).reshape(n, 4, 4)
+    low = low[..., 0] | low[..., 1] << 2 | low[..., 2] << 4 | low[..., 3] << 6
+    order = (d.view(np.uint8).reshape(n, 2), high, low, half.view(np.uint8).reshape(n, 16))
+    return {"q": word, "s": np.concatenate(order, axis=1)}
 
 
 def _iq1_m_unpack(parts: Parts) -> np.ndarray:
     s = as_bytes(parts["s"], 24)
-    rest = s[:, :16].reshape(-1, 2, 1) >> np.array([0, 4], np.uint8) & np.uint8(15)
-    rest = rest.reshape(-1, 4)  # a nibble per row
-    halves = np.ascontiguousarray(s[:, 16:]).view(np.uint16)  # (n_blocks, 4)
-    top = (halves >> np.uint16(12)) << np.arange(0, 16, 4, dtype=np.uint16)
-    d = np.bitwise_or.reduce(top, axis=1).view(np.float16).astype(np.float32)
-    small = halves[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & np.uint16(7)  # (n_blocks, 4, 4)
-    scale = d.reshape(-1, 1, 1) * (2 * small + 1).astype(np.float32)
+    of_chunks = np.ascontiguousarray(s[:, 8:]).view(np.uint16).reshape(-1)
+    high = np.unpackbits(np.ascontiguousarray(s[:, 2:4]), axis=1, bitorder="little")  # (n_blocks, 16)
+    low = (s[:, 4:8, None] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)).reshape(-1, 16)
+    scale = half(s[:, :2]) * (2 * (low | high << np.uint8(2)) + 1).astype(np.float32)
     scale = np.repeat(scale.reshape(-1, 2), 2, axis=1)  # of 16 weights, so of two rows
-    return _iq1_weights(as_bytes(parts["q"], 4), rest & 7, rest >= 8, scale)
+    up = of_chunks[:, None] >> np.arange(12, 16, dtype=np.uint16) & np.uint16(1)
+    return _iq1_weights(_iq1_index(parts["q"], of_chunks), up != 0, scale)
 
 
 CODECS: dict[str, Codec] = {

@@ -14,7 +14,9 @@ from realm_web.dequant.bits import (
     pack_crumbs,
     pack_lanes,
     pack_nibbles,
+    pack_pairs,
     padded_half,
+    pairs,
 )
 from realm_web.dequant.blocks import codebook, with_fifth_bit
 from realm_web.quants import CHUNK
@@ -195,7 +197,7 @@ def _q3_k_unpack(parts: Parts) -> np.ndarray:
 
 
 def _iq4_xs_repack(blocks: np.ndarray) -> Parts:
-    return {"h": blocks[:, :8], "q": blocks[:, 8:]}
+    return {"h": blocks[:, :8], "q": pack_pairs(nibbles(blocks[:, 8:].reshape(-1, 16)))}
 
 
 def _iq4_xs_unpack(parts: Parts) -> np.ndarray:
@@ -203,7 +205,7 @@ def _iq4_xs_unpack(parts: Parts) -> np.ndarray:
     high = h[:, 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
     low = np.stack([h[:, 4:] & 15, h[:, 4:] >> 4], axis=2)
     scales = (low.reshape(-1, 8) | (high.reshape(-1, 8) << np.uint8(4))).astype(np.float32) - 32
-    return (half(h[:, :2]) * scales).reshape(-1, 1) * codebook("iq4")[nibbles(as_bytes(parts["q"], 16))]
+    return (half(h[:, :2]) * scales).reshape(-1, 1) * codebook("iq4")[pairs(as_bytes(parts["q"], 16))]
 
 
 # -- TQ1_0: 5 base-3 digits to a byte; TQ2_0: pairs of bits; d (f16) at the end ---------------------

@@ -148,6 +148,19 @@ def memory_for(device: Device, fmt: str) -> int:
     return min(28 << 10, device.limits.max_shared - 4096 - _table_bytes(FORMATS[fmt]))
 
 
+def table_room(device: Device, shape: Shape, v: Matvec) -> int:
+    """Bytes of workgroup memory for copies of the table: large workgroups are few and can have more."""
+    if not FORMATS[shape.fmt].has_table or device.info.is_cpu:
+        return 0
+    taken = _own_bytes(shape.k) if shape.own else staged_bytes(v.lanes, v.m_tile) if v.stage else 0
+    return max(0, min(32 * v.wg, device.limits.max_shared - 4096 - taken))
+
+
+def _own_bytes(k: int) -> int:
+    """Of a row of activations that a workgroup makes for itself."""
+    return 3 * k // 2 + 1536
+
+
 def linear(
     r: Recorder,
     x: Tensor | Activations,
@@ -205,7 +218,7 @@ def linear(
             "matvec", **consts, fmt2=second.fmt.name if second else "", n1=weight.n if second else 0,
             per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg, m_tile=tuning.m_tile,
             unroll=tuning.unroll, ahead=tuning.ahead, stage=tuning.stage, subgroup=tuning.subgroup,
-            grid_x=fold, x_as=x_as,
+            table=table_room(r.device, shape, tuning), grid_x=fold, x_as=x_as,
             eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
         )  # fmt: skip
         label = f"{kernel.name} {weight.label}" + (f" and {second.label}" if second else "")
@@ -278,7 +291,7 @@ def goes_with(r: Recorder, x: Activations, weight: Weight, second: Weight) -> bo
 def _makes_own(r: Recorder, x: Activations, weight: Weight, m: int) -> bool:
     """One row is brought into bytes by every workgroup anew: that costs less than a dispatch."""
     room = min(OWN_BYTES, r.device.limits.max_shared - 4096 - _table_bytes(weight.fmt))
-    return m == 1 and not x.gather and not x.are_made and 3 * x.k // 2 + 1536 <= room
+    return m == 1 and not x.gather and not x.are_made and _own_bytes(x.k) <= room
 
 
 def _table_bytes(fmt: QuantFormat) -> int:

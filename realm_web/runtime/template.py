@@ -75,9 +75,9 @@ def render(name: str, consts: dict[str, object]) -> Source:
             return own.decode(variable, bind)
         return weight_ints(variable, fmt) + ints.decode(variable, own.offset, own.minimum)
 
-    def weight_ints(variable: str, fmt: str, wg: int = 0) -> str:
+    def weight_ints(variable: str, fmt: str, wg: int = 0, room: int = 0) -> str:
         own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
-        chunk = own.ints(variable, bind, wg) if has_table(fmt) else own.ints(variable, bind)
+        chunk = own.ints(variable, bind, wg, room) if has_table(fmt) else own.ints(variable, bind)
         first = variable == "w"
         product = ints.product(
             "product" if first else f"{variable}_product", own.offset, own.halves, own.minimum

@@ -9,7 +9,8 @@
 // x_as, eps, out_as ("f32", "ints"), st;
 // tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; wg threads;
 // subgroup size or 0; of one row unroll chunks of each weight row at a time; of more a chunk, where the next one's loads are
-// under way `ahead`, and with `stage` the activations of a turn are in workgroup memory, for all groups
+// under way `ahead`, and with `stage` the activations of a turn are in workgroup memory, for all groups; `table` bytes there for
+// copies of the format's table (0: one copy, if it has one)
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
 # import "lib/epilogue.wgsl" as epilogue
 # import "lib/ints.wgsl" as ints
@@ -30,7 +31,7 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("norm", "vec4<f32>") if x_as == "norm" }}
-{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg) }}
+{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg, table) }}
 {{ weight_ints("v", fmt2, wg) if fmt2 }}
 # if out_as == "ints"
 {{ epilogue.keep(bind, act, bias, scale, softcap, out_offset, m_tile, groups * rows) }}

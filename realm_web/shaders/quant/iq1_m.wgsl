@@ -1,39 +1,41 @@
-{# IQ1_M: q per chunk: low 8 bits of 4 row indices; s, 6 words per 256-block: a nibble per row: 3 high bits of the index,
-   sign of delta; then 4 halves of 4 scales (3 bits, for 16 weights each) and a nibble of the f16 d; t the grid.
+{# IQ1_M: q per chunk: rows 0 and 1 of 11 bits each, the low 10 bits of row 2; s, 6 words per 256-block: f16 d, then in the high
+   half two bits per chunk: the high bits of its scales; a nibble per chunk: the low pairs of its scales (of 16 weights each); then
+   a half per chunk: the high bit of row 2, row 3, a bit per row: 1 where delta is up; t the grid.
    weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 9, true, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
-{{ bind(w ~ "_t", "vec2<u32>") }}
+{{ bind(w ~ "_t", "u32") }}
 
-{{ grid.codes(w, 2048, wg) }}
+{{ grid.rows(w, "u32", 2048, wg, room) }}
 
 struct {{ w }}_Raw {
   q: u32,
+  d: u32,
+  low: u32,
   h: u32,
-  a: u32,
-  b: u32,
 }
 
 fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
   let at = (c >> 3u) * 6u;
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at + ((c & 7u) >> 1u)], {{ w }}_s[at + 4u], {{ w }}_s[at + 5u]);
+  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at], {{ w }}_s[at + 1u], {{ w }}_s[at + 2u + ((c & 7u) >> 1u)]);
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let j = c & 7u;
-  let h = raw.h >> (16u * (j & 1u));
-  let bits = ((raw.a >> 12u) & 0xfu) | ((raw.a >> 24u) & 0xf0u) | ((raw.b >> 4u) & 0xf00u) | ((raw.b >> 16u) & 0xf000u);
-  let scales = select(raw.b, raw.a, j < 4u) >> (16u * ((j >> 1u) & 1u) + 6u * (j & 1u));
-  let scale = unpack2x16float(bits).x * vec2<f32>(2u * (vec2<u32>(scales, scales >> 3u) & vec2<u32>(7u)) + 1u);
+  let h = raw.h >> (16u * (c & 1u));
+  let low = (raw.low >> (4u * j)) << 1u;
+  let high = raw.d >> (13u + 2u * j);
+  let scales = (vec2<u32>(low, low >> 2u) & vec2<u32>(6u)) | (vec2<u32>(high, high >> 1u) & vec2<u32>(8u));
+  let scale = unpack2x16float(raw.d).x * (vec2<f32>(scales) + 1.0);
   # for g in range(4)
-  let t{{ g }} = {{ w }}_codes(((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 4 * g }}u) & 7u) << 8u));
-  let n{{ g }} = select(0x02020202u, 0u, ((h >> {{ 4 * g + 3 }}u) & 1u) != 0u);
+  let n{{ g }} = ((h >> {{ 12 + g }}u) & 1u) * 0x02020202u;
   # endfor
-  return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, 0.125 * scale, vec2<f32>());
+{{ grid.four_of_iq1(w) }}
+  return Ints({{ grid.rows_of_iq1(0, "n0", "n1") }}, {{ grid.rows_of_iq1(2, "n2", "n3") }}, 0.125 * scale, vec2<f32>());
 }
 # endmacro
 
@@ -41,16 +43,45 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "u32", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+// The nibbles of chunk j's rows in the block at `at`.
+fn nibbles(at: u32, j: u32) -> u32 {
+  return half_at(at + 32u + 2u * j);
+}
+
+// The half of chunk j.
+fn half_of(at: u32, j: u32) -> u32 {
+  let h = nibbles(at, j);
+  let row3 = byte(at + 3u + 4u * j) | (((h >> 12u) & 7u) << 8u);
+  let up = ((~h >> 3u) & 1u) | ((~h >> 6u) & 2u) | ((~h >> 9u) & 4u) | ((~h >> 12u) & 8u);
+  return ((h >> 10u) & 1u) | (row3 << 1u) | (up << 12u);
+}
+
 fn repack(c: u32, dst: u32) {
-  // ggml: 32 low indices, 16 bytes of nibbles, 4 halves
+  // ggml: low bytes of 32 rows; a nibble per row: 3 high bits, 1 where delta is down; 4 halves: 4 scales of 3 bits, 4 bits of d
   let at = (c >> 3u) * 56u;
   let j = c & 7u;
-  q[dst] = word(at + 4u * j);
+  let low = word(at + 4u * j);
+  let h = nibbles(at, j);
+  let high = (vec3<u32>(h) >> vec3<u32>(0u, 4u, 8u)) & vec3<u32>(7u);
+  let rows = ((vec3<u32>(low) >> vec3<u32>(0u, 8u, 16u)) & vec3<u32>(255u)) | (high << vec3<u32>(8u));
+  q[dst] = rows.x | (rows.y << 11u) | (rows.z << 22u);
   if (j == 0u) {
     let to = (dst >> 3u) * 6u;
-    for (var i = 0u; i < 6u; i++) {
-      s[to + i] = word(at + 32u + 4u * i);
+    var d = 0u;
+    var top = 0u;
+    var pairs = 0u;
+    for (var i = 0u; i < 4u; i++) {
+      let scales = half_at(at + 48u + 2u * i);
+      d |= (scales >> 12u) << (4u * i);
+      for (var n = 0u; n < 4u; n++) {
+        let scale = (scales >> (3u * n)) & 7u;
+        pairs |= (scale & 3u) << (8u * i + 2u * n);
+        top |= (scale >> 2u) << (4u * i + n);
+      }
+      s[to + 2u + i] = half_of(at, 2u * i) | (half_of(at, 2u * i + 1u) << 16u);
     }
+    s[to] = d | (top << 16u);
+    s[to + 1u] = pairs;
   }
 }
 # endmacro

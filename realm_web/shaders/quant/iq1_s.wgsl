@@ -1,14 +1,15 @@
-{# IQ1_S: q per chunk: low 8 bits of 4 row indices; s, 5 words per 256-block: f16 d, then a half per chunk: 4 times 3 high
-   bits of the indices, 3 bits scale, sign of delta; t the grid. weight = d * (2 * scale + 1) * (row + delta). #}
+{# IQ1_S: q per chunk: rows 0 and 1 of 11 bits each, the low 10 bits of row 2; s, 5 words per 256-block: f16 d, then a half per
+   chunk: the high bit of row 2, row 3, 3 bits scale, 1 where delta is up; t the grid.
+   weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 9, false, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
-{{ bind(w ~ "_t", "vec2<u32>") }}
+{{ bind(w ~ "_t", "u32") }}
 
-{{ grid.codes(w, 2048, wg) }}
+{{ grid.rows(w, "u32", 2048, wg, room) }}
 
 struct {{ w }}_Raw {
   q: u32,
@@ -22,12 +23,10 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let h = raw.s >> (16u * (c & 1u));
-  let scale = unpack2x16float(raw.d).x * f32(2u * ((h >> 12u) & 7u) + 1u);
-  # for g in range(4)
-  let t{{ g }} = {{ w }}_codes(((raw.q >> {{ 8 * g }}u) & 255u) | (((h >> {{ 3 * g }}u) & 7u) << 8u));
-  let n{{ g }} = select(0x02020202u, 0u, (h & 0x8000u) != 0u);
-  # endfor
-  return Ints({{ grid.rows_of_iq1(w, 0) }}, {{ grid.rows_of_iq1(w, 2) }}, vec2<f32>(0.125 * scale), vec2<f32>());
+  let scale = unpack2x16float(raw.d).x * (f32((h >> 11u) & 14u) + 1.0);
+  let n = ((h >> 15u) & 1u) * 0x02020202u;
+{{ grid.four_of_iq1(w) }}
+  return Ints({{ grid.rows_of_iq1(0, "n") }}, {{ grid.rows_of_iq1(2, "n") }}, vec2<f32>(0.125 * scale), vec2<f32>());
 }
 # endmacro
 
@@ -35,16 +34,27 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "u32", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+// The half of chunk j of the block at `at`.
+fn half_of(at: u32, j: u32) -> u32 {
+  let h = half_at(at + 34u + 2u * j);
+  let row3 = byte(at + 5u + 4u * j) | (((h >> 9u) & 7u) << 8u);
+  return ((h >> 8u) & 1u) | (row3 << 1u) | (h & 0x7000u) | (~h & 0x8000u);
+}
+
 fn repack(c: u32, dst: u32) {
-  // ggml: f16 d, 32 low indices, 8 halves
+  // ggml: f16 d, low bytes of 32 rows, 8 halves: 4 times 3 high bits, scale, 1 where delta is down
   let at = (c >> 3u) * 50u;
   let j = c & 7u;
-  q[dst] = word(at + 2u + 4u * j);
+  let low = word(at + 2u + 4u * j);
+  let h = half_at(at + 34u + 2u * j);
+  let high = (vec3<u32>(h) >> vec3<u32>(0u, 3u, 6u)) & vec3<u32>(7u);
+  let rows = ((vec3<u32>(low) >> vec3<u32>(0u, 8u, 16u)) & vec3<u32>(255u)) | (high << vec3<u32>(8u));
+  q[dst] = rows.x | (rows.y << 11u) | (rows.z << 22u);
   if (j == 0u) {
     let to = (dst >> 3u) * 5u;
     s[to] = half_at(at);
     for (var i = 0u; i < 4u; i++) {
-      s[to + 1u + i] = word(at + 34u + 4u * i);
+      s[to + 1u + i] = half_of(at, 2u * i) | (half_of(at, 2u * i + 1u) << 16u);
     }
   }
 }

@@ -5,12 +5,12 @@
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, true, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.table(w, "vec2<u32>", 512, wg) }}
+{{ grid.rows(w, "vec2<u32>", 512, wg, room) }}
 {{ grid.signed(w) }}
 
 struct {{ w }}_Raw {
@@ -30,7 +30,7 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(scales, scales >> 4u) & vec2<u32>(15u))) * 0.25;
   let high = raw.high >> (4u * (c & 7u));
   # for g in range(4)
-  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[((raw.q.x >> {{ 8 * g }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
+  let t{{ g }} = {{ w }}_at(((raw.q.x >> {{ 8 * g }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u), c);
   # endfor
   return Ints({{ grid.rows_of_8(w, 0, "raw.q.y") }}, {{ grid.rows_of_8(w, 2, "raw.q.y") }}, d, vec2<f32>());
 }

@@ -4,12 +4,12 @@
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.table(w, "vec2<u32>", 256, wg) }}
+{{ grid.rows(w, "vec2<u32>", 256, wg, room) }}
 {{ grid.signed(w) }}
 
 struct {{ w }}_Raw {
@@ -25,7 +25,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * (0.5 + f32((raw.s >> (4u * (c & 7u))) & 15u)) * 0.25;
   # for g in range(4)
-  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[(raw.q.x >> {{ 8 * g }}u) & 255u];
+  let t{{ g }} = {{ w }}_at((raw.q.x >> {{ 8 * g }}u) & 255u, c);
   # endfor
   return Ints({{ grid.rows_of_8(w, 0, "raw.q.y") }}, {{ grid.rows_of_8(w, 2, "raw.q.y") }}, vec2<f32>(d), vec2<f32>());
 }

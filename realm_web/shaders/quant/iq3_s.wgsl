@@ -4,12 +4,12 @@
 # import "quant/lib_grid.wgsl" as grid
 # set offset, halves, minimum = 0, false, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
-{{ grid.table(w, "u32", 512, wg) }}
+{{ grid.rows(w, "u32", 512, wg, room) }}
 {{ grid.signed(w) }}
 
 struct {{ w }}_Raw {
@@ -30,7 +30,7 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let d = unpack2x16float(raw.d).x * f32(2u * scale + 1u);
   let high = raw.high >> (8u * (c & 3u));
   # for g in range(8)
-  let t{{ g }} = {{ w }}_{{ "rows" if wg else "t" }}[((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u)];
+  let t{{ g }} = {{ w }}_at(((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u), c);
   # endfor
   return Ints({{ grid.rows_of_4(w, 0, "raw.signs") }}, {{ grid.rows_of_4(w, 4, "raw.signs") }}, vec2<f32>(d), vec2<f32>());
 }

@@ -1,6 +1,6 @@
 {# Lanes: byte b of a word holds the bit of weight 4i + b at bit i. #}
 
-{# The bits of weights 4 * first to 4 * first + 15, one to a byte at bit `to` of it (first <= 4, to <= 4). #}
+{# The bits of weights 4 * first to 4 * first + 15, one to a byte at bit `to` of it (first <= 4, to <= 7). #}
 # macro at(word, first, to)
 # set ns = namespace(terms=[])
 # for i in range(first, first + 4)

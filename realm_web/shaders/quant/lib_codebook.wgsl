@@ -1,8 +1,10 @@
-{# Chunks of nibbles to bytes by a codebook of 16 signed bytes (`grids.CODEBOOKS`). #}
+{# Pairs (nibbles in order: word w holds weights 8w to 8w + 7, the first lowest) to bytes by a codebook of 16 signed bytes
+   (`grids.CODEBOOKS`). #}
+# import "quant/lib_table.wgsl" as table
 
-{# {w}_halves(q): the bytes of the low nibbles and of the high nibbles. With `wg` by a table of byte pairs in workgroup memory
-   that {w}_prepare fills with wg threads; else by selecting. #}
-# macro lookup(w, name, wg)
+{# {w}_halves(q, c): the bytes of chunk c's first 16 weights and of its last. With `wg` by a table of pairs of weights in
+   workgroup memory that {w}_prepare fills with wg threads; else by selecting. #}
+# macro lookup(w, name, wg, room)
 # set words = codebook_words(name)
 fn {{ w }}_entry(code: vec4<u32>) -> vec4<u32> {
   let odd = (code & vec4<u32>(4u)) != vec4<u32>(0u);
@@ -13,36 +15,48 @@ fn {{ w }}_entry(code: vec4<u32>) -> vec4<u32> {
 }
 
 # if wg
-var<workgroup> {{ w }}_pairs: array<u32, 256>;
-
-fn {{ w }}_prepare(lid: u32) {
-  for (var i = lid; i < 256u; i += {{ wg }}u) {
-    let pair = {{ w }}_entry(vec4<u32>(i & 15u, i >> 4u, 0u, 0u));
-    {{ w }}_pairs[i] = pair.x | (pair.y << 16u);
-  }
+fn {{ w }}_row(i: u32) -> u32 {
+  let pair = {{ w }}_entry(vec4<u32>(i & 15u, i >> 4u, 0u, 0u));
+  return pair.x | (pair.y << 8u);
 }
 
-fn {{ w }}_word(q: u32) -> vec2<u32> {
-  let a = {{ w }}_pairs[q & 255u] | ({{ w }}_pairs[(q >> 8u) & 255u] << 8u);
-  let b = {{ w }}_pairs[(q >> 16u) & 255u] | ({{ w }}_pairs[q >> 24u] << 8u);
-  return vec2<u32>((a & 0xffffu) | (b << 16u), (a >> 16u) | (b & 0xffff0000u));
-}
+{{ table.rows(w, "u32", 256, wg, room) }}
 
-fn {{ w }}_halves(q: vec4<u32>) -> array<vec4<u32>, 2> {
-  # for i in "xyzw"
-  let {{ i }} = {{ w }}_word(q.{{ i }});
-  # endfor
-  return array<vec4<u32>, 2>(vec4<u32>(x.x, y.x, z.x, w.x), vec4<u32>(x.y, y.y, z.y, w.y));
+fn {{ w }}_eight(q: u32, c: u32) -> vec2<u32> {
+  return vec2<u32>(
+    {{ w }}_at(q & 255u, c) + {{ w }}_at((q >> 8u) & 255u, c) * 65536u,
+    {{ w }}_at((q >> 16u) & 255u, c) + {{ w }}_at(q >> 24u, c) * 65536u
+  );
 }
 # else
-fn {{ w }}_bytes(codes: vec4<u32>) -> vec4<u32> {
-  return {{ w }}_entry(codes) | ({{ w }}_entry(codes >> vec4<u32>(8u)) << vec4<u32>(8u))
-    | ({{ w }}_entry(codes >> vec4<u32>(16u)) << vec4<u32>(16u)) | ({{ w }}_entry(codes >> vec4<u32>(24u)) << vec4<u32>(24u));
+fn {{ w }}_four(codes: u32) -> u32 {
+  let entries = {{ w }}_entry(vec4<u32>(codes, codes >> 4u, codes >> 8u, codes >> 12u) & vec4<u32>(15u));
+  return entries.x | (entries.y << 8u) | (entries.z << 16u) | (entries.w << 24u);
 }
 
-fn {{ w }}_halves(q: vec4<u32>) -> array<vec4<u32>, 2> {
-  let mask = vec4<u32>(0x0f0f0f0fu);
-  return array<vec4<u32>, 2>({{ w }}_bytes(q & mask), {{ w }}_bytes((q >> vec4<u32>(4u)) & mask));
+fn {{ w }}_eight(q: u32, c: u32) -> vec2<u32> {
+  return vec2<u32>({{ w }}_four(q & 0xffffu), {{ w }}_four(q >> 16u));
 }
 # endif
+
+fn {{ w }}_halves(q: vec4<u32>, c: u32) -> array<vec4<u32>, 2> {
+  # for i in "xyzw"
+  let {{ i }} = {{ w }}_eight(q.{{ i }}, c);
+  # endfor
+  return array<vec4<u32>, 2>(vec4<u32>(x, y), vec4<u32>(z, w));
+}
+# endmacro
+
+{# For repack: the low nibbles of four words in order. #}
+# macro in_order()
+// Four codes, one to a byte, as four nibbles.
+fn four(codes: vec4<u32>) -> vec4<u32> {
+  let pairs = codes | (codes >> vec4<u32>(4u));
+  return (pairs & vec4<u32>(255u)) | ((pairs >> vec4<u32>(8u)) & vec4<u32>(0xff00u));
+}
+
+fn eights(v: vec4<u32>) -> vec2<u32> {
+  let codes = four(v & vec4<u32>(0x0f0f0f0fu));
+  return codes.xz | (codes.yw << vec2<u32>(16u));
+}
 # endmacro

@@ -1,11 +1,18 @@
 {# Crumbs (codes of two bits): byte b of word w holds weight 16w + 4k + b at bit 2k. #}
 
-{# The codes of a half (0 or 1) of a chunk, one to a byte: a vec2 of crumbs to a vec4. #}
-# macro sixteen(q, half)
-((vec4<u32>({{ q }}.{{ "xy"[half] }}) >> vec4<u32>(0u, 2u, 4u, 6u)) & vec4<u32>(0x03030303u))
+{# The codes of a half (0 or 1) of a chunk, one to a byte at bit `to` of it: a vec2 of crumbs to a vec4. #}
+# macro sixteen(q, half, to=0)
+# set word = q ~ "." ~ "xy"[half]
+# set ns = namespace(moved=[])
+# for k in range(4)
+# set shift = to - 2 * k
+# set ns.moved = ns.moved + ["%s << %du" % (word, shift) if shift > 0 else ("%s >> %du" % (word, -shift) if shift else word)]
+# endfor
+(vec4<u32>({{ ns.moved | join(", ") }}) & vec4<u32>({{ "0x%02x%02x%02x%02xu" % (3 * 2**to, 3 * 2**to, 3 * 2**to, 3 * 2**to) }}))
 # endmacro
 
-{# The weights of a format that has nothing but crumbs and an f16 scale for so many chunks. #}
+{# The weights of a format that has nothing but crumbs and an f16 scale for so many chunks: weight = d * (code - 1). A code is
+   taken 32 times, as most of them then go left: left shifts and masks run on different units of a GPU. The offset is 32. #}
 # macro one_scale(w, bind, chunks)
 {{ bind(w ~ "_q", "vec2<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
@@ -20,7 +27,8 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  return Ints({{ sixteen("raw.q", 0) }}, {{ sixteen("raw.q", 1) }}, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
+  let scale = 0.03125 * unpack2x16float(raw.s).x;
+  return Ints({{ sixteen("raw.q", 0, 5) }}, {{ sixteen("raw.q", 1, 5) }}, vec2<f32>(scale), vec2<f32>());
 }
 # endmacro
 

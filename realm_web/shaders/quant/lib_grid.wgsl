@@ -1,15 +1,17 @@
 {# What the formats with a grid share: rows of magnitudes t0, t1, ..., a byte each, to signed bytes of half a chunk. #}
+# import "quant/lib_table.wgsl" as table
 
-{# With `wg` the n rows of the grid in workgroup memory, {w}_rows, which {w}_prepare fills with wg threads: lanes look up rows
-   far apart, which costs there a third of what it does in a cache. #}
-# macro table(w, type, n, wg)
+{# {w}_at(i, c): row i of the grid's n, for chunk c: with `wg` from workgroup memory, which {w}_prepare fills with wg threads. #}
+# macro rows(w, type, n, wg, room)
 # if wg
-var<workgroup> {{ w }}_rows: array<{{ type }}, {{ n }}>;
+fn {{ w }}_row(i: u32) -> {{ type }} {
+  return {{ w }}_t[i];
+}
 
-fn {{ w }}_prepare(lid: u32) {
-  for (var i = lid; i < {{ n }}u; i += {{ wg }}u) {
-    {{ w }}_rows[i] = {{ w }}_t[i];
-  }
+{{ table.rows(w, type, n, wg, room) }}
+# else
+fn {{ w }}_at(i: u32, c: u32) -> {{ type }} {
+  return {{ w }}_t[i];
 }
 # endif
 # endmacro
@@ -39,31 +41,18 @@ fn even(seven: u32) -> u32 {
 }
 # endmacro
 
-{# Rows of -1, 0, 1 and a delta of 1/8, up or down: a byte is 8 * value + 9 + 8 * delta, from 0 to 18. {w}_codes(i) is row i as
-   8 * (value + 1), the values of its first half at bits 3 and 4 of the bytes, those of its second two bits above. #}
-# macro codes(w, n, wg)
-fn {{ w }}_packed(row: vec2<u32>) -> u32 {
-  let mask = vec2<u32>(0x03030303u);
-  let codes = ((row & mask) + vec2<u32>(0x01010101u)) & mask;
-  return (codes.x << 3u) | (codes.y << 5u);
-}
-
-# if wg
-var<workgroup> {{ w }}_rows: array<u32, {{ n }}>;
-
-fn {{ w }}_prepare(lid: u32) {
-  for (var i = lid; i < {{ n }}u; i += {{ wg }}u) {
-    {{ w }}_rows[i] = {{ w }}_packed({{ w }}_t[i]);
-  }
-}
-# endif
-
-fn {{ w }}_codes(i: u32) -> u32 {
-  return {{ "%s_rows[i]" % w if wg else "%s_packed(%s_t[i])" % (w, w) }};
-}
+{# Rows of -1, 0, 1 and a delta of 1/8, up or down: a byte is 8 * value + 9 + 8 * delta, from 0 to 18. Of codes t<first> on
+   (`grids.table`: 8 * (value + 1), the first half at bits 3 and 4 of the bytes, the second two bits above); `up` (and `second`, if
+   the second row has its own) is 2 in each byte where delta is up. #}
+# macro rows_of_iq1(first, up, second=none)
+# set of = (up, second or up)
+vec4<u32>({% for g in (0, 1) %}(t{{ first + g }} & 0x18181818u) | {{ of[g] }}, ((t{{ first + g }} >> 2u) & 0x18181818u) | {{ of[g] }}{{ ", " if loop.first }}{% endfor %})
 # endmacro
 
-{# Rows of 8 from codes t<first> on; n<first> and on are 2 in each byte where delta is up. #}
-# macro rows_of_iq1(w, first)
-vec4<u32>({% for g in (first, first + 1) %}(t{{ g }} & 0x18181818u) | n{{ g }}, ((t{{ g }} >> 2u) & 0x18181818u) | n{{ g }}{{ ", " if loop.first }}{% endfor %})
+{# The rows t0 to t3 that the words raw.q and h name. #}
+# macro four_of_iq1(w)
+  let t0 = {{ w }}_at(raw.q & 2047u, c);
+  let t1 = {{ w }}_at((raw.q >> 11u) & 2047u, c);
+  let t2 = {{ w }}_at((raw.q >> 22u) | ((h & 1u) << 10u), c);
+  let t3 = {{ w }}_at((h >> 1u) & 2047u, c);
 # endmacro

@@ -1,12 +1,12 @@
-{# MXFP4: q holds nibbles, indices into a codebook of doubled values, s the halved scale as f32. #}
+{# MXFP4: q holds pairs of indices into a codebook of doubled values, s the halved scale as f32. #}
 # import "quant/lib_codebook.wgsl" as codebook
 # set offset, halves, minimum = 0, false, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-{{ codebook.lookup(w, "fp4", wg) }}
+{{ codebook.lookup(w, "fp4", wg, room) }}
 
 struct {{ w }}_Raw {
   q: vec4<u32>,
@@ -18,7 +18,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let q = {{ w }}_halves(raw.q);
+  let q = {{ w }}_halves(raw.q, c);
   return Ints(q[0], q[1], vec2<f32>(bitcast<f32>(raw.s)), vec2<f32>());
 }
 # endmacro
@@ -27,10 +27,13 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 {{ bind("q", "vec4<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
 
+{{ codebook.in_order() }}
+
 fn repack(c: u32, dst: u32) {
   let at = c * 17u;
   let e = byte(at);  // the scale is 2^(e - 127)
   s[dst] = select((e - 1u) << 23u, 0x00200000u << e, e < 2u);
-  q[dst] = words(at + 1u);
+  let v = words(at + 1u);
+  q[dst] = vec4<u32>(eights(v), eights(v >> vec4<u32>(4u)));  // ggml: weight i low, weight i + 16 high
 }
 # endmacro

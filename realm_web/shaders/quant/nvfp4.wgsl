@@ -1,13 +1,13 @@
-{# NVFP4: q holds nibbles, indices into a codebook of doubled values; s the halved scales as f16: of the chunk's first
+{# NVFP4: q holds pairs of indices into a codebook of doubled values; s the halved scales as f16: of the chunk's first
    16 weights low, of its last 16 high. #}
 # import "quant/lib_codebook.wgsl" as codebook
 # set offset, halves, minimum = 0, true, none
 # set table = true
-# macro ints(w, bind, wg)
+# macro ints(w, bind, wg, room)
 {{ bind(w ~ "_q", "vec4<u32>") }}
 {{ bind(w ~ "_s", "u32") }}
 
-{{ codebook.lookup(w, "fp4", wg) }}
+{{ codebook.lookup(w, "fp4", wg, room) }}
 
 struct {{ w }}_Raw {
   q: vec4<u32>,
@@ -19,7 +19,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let q = {{ w }}_halves(raw.q);
+  let q = {{ w }}_halves(raw.q, c);
   return Ints(q[0], q[1], unpack2x16float(raw.s), vec2<f32>());
 }
 # endmacro
@@ -27,6 +27,8 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
 # macro repack(bind)
 {{ bind("q", "vec4<u32>", "read_write") }}
 {{ bind("s", "u32", "read_write") }}
+
+{{ codebook.in_order() }}
 
 // Unsigned E4M3 times a half: the top bit means nothing, 0x7f is zero. Exact as f16.
 fn halved(x: u32) -> f32 {
@@ -43,8 +45,8 @@ fn repack(c: u32, dst: u32) {
   let j = c & 1u;
   s[dst] = pack2x16float(vec2<f32>(halved(byte(at + 2u * j)), halved(byte(at + 2u * j + 1u))));
   let v = words(at + 4u + 16u * j);
-  let low = v & vec4<u32>(0x0f0f0f0fu);
-  let high = (v >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu);
-  q[dst] = vec4<u32>(low.xy | (low.zw << vec2<u32>(4u)), high.xy | (high.zw << vec2<u32>(4u)));
+  let low = eights(v);
+  let high = eights(v >> vec4<u32>(4u));
+  q[dst] = vec4<u32>(low.x, high.x, low.y, high.y);
 }
 # endmacro

@@ -1,6 +1,7 @@
-{# Q1_0: q holds lanes (byte b: weight 4i + b at bit i), s the f16 d of a 128-block: weight = bit ? d : -d. #}
+{# Q1_0: q holds lanes (byte b: weight 4i + b at bit i), s the f16 d of a 128-block: weight = bit ? d : -d. A bit is taken
+   64 times, as most of them then go left: left shifts and masks run on different units of a GPU. #}
 # import "quant/lib_bits.wgsl" as bits
-# set offset, halves, minimum = 1, false, none
+# set offset, halves, minimum = 32, false, none
 # macro ints(w, bind)
 {{ bind(w ~ "_q", "u32") }}
 {{ bind(w ~ "_s", "u32") }}
@@ -15,7 +16,8 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  return Ints({{ bits.at("raw.q", 0, 1) }}, {{ bits.at("raw.q", 4, 1) }}, vec2<f32>(unpack2x16float(raw.s).x), vec2<f32>());
+  let scale = 0.03125 * unpack2x16float(raw.s).x;
+  return Ints({{ bits.at("raw.q", 0, 6) }}, {{ bits.at("raw.q", 4, 6) }}, vec2<f32>(scale), vec2<f32>());
 }
 # endmacro
 

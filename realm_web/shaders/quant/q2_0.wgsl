@@ -1,6 +1,6 @@
 {# Q2_0: q holds crumbs, s the f16 d of a 64-block: weight = d * (code - 1). #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# set offset, halves, minimum = 1, false, none
+# set offset, halves, minimum = 32, false, none
 # macro ints(w, bind)
 {{ crumb.one_scale(w, bind, 2) }}
 # endmacro

@@ -18,8 +18,8 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let low = (raw.q & vec4<u32>(0x0f0f0f0fu)) | (({{ crumb.sixteen("raw.b", 0) }}) << vec4<u32>(4u));
-  let high = ((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | (({{ crumb.sixteen("raw.b", 1) }}) << vec4<u32>(4u));
+  let low = (raw.q & vec4<u32>(0x0f0f0f0fu)) | {{ crumb.sixteen("raw.b", 0, 4) }};
+  let high = ((raw.q >> vec4<u32>(4u)) & vec4<u32>(0x0f0f0f0fu)) | {{ crumb.sixteen("raw.b", 1, 4) }};
   let scales = vec2<f32>(unpack4xI8(raw.s).xy) * unpack2x16float(raw.s).y;
   return Ints(low, high, scales, vec2<f32>());
 }

@@ -1,6 +1,6 @@
 {# TQ1_0: packed as TQ2_0, which is a quarter more memory than five base-3 digits to a byte, and no arithmetic. #}
 # import "quant/lib_crumbs.wgsl" as crumb
-# set offset, halves, minimum = 1, false, none
+# set offset, halves, minimum = 32, false, none
 # macro ints(w, bind)
 {{ crumb.one_scale(w, bind, 8) }}
 # endmacro

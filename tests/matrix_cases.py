@@ -164,14 +164,12 @@ def matvec_cases() -> Iterator[Case]:
             "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile, "unroll": unroll,
             "subgroup": subgroup, "grid_x": fold, "st": ST, "ahead": ahead, "stage": stage,
             "table": table,
-            "table": table,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
             f"{' ' * bool(act) + act}{' bias' * bias}{' residual' * residual}{' fold' * bool(fold)}"
             f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
             f"{f' and {fmt2} from {n1}' * bool(fmt2)}{' ahead' * ahead}{' staged' * stage}"
-            f"{f' table {table}' * bool(table)}"
             f"{f' table {table}' * bool(table)}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
@@ -188,11 +186,6 @@ def matvec_cases() -> Iterator[Case]:
         yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
         if fmt not in FLOATS:
             yield case(fmt, lanes=16, rows=2, x_as="ints", act="silu_mul", m=3, m_tile=4, k=768, unroll=2)
-    for fmt, wg, table in (
-        ("MXFP4", 64, 8192), ("IQ4_XS", 256, 12000), ("IQ4_NL", 256, 3072), ("IQ2_XXS", 128, 16384),
-        ("IQ3_S", 96, 8192), ("IQ1_M", 64, 16384),
-    ):  # fmt: skip
-        yield case(fmt, x_as="ints", lanes=4, k=768, n=wg // 4 + 3, wg=wg, table=table)
     for fmt, wg, table in (
         ("MXFP4", 64, 8192), ("IQ4_XS", 256, 12000), ("IQ4_NL", 256, 3072), ("IQ2_XXS", 128, 16384),
         ("IQ3_S", 96, 8192), ("IQ1_M", 64, 16384),

@@ -55,12 +55,12 @@ def rows(name: str) -> bytes:
 def table(name: str) -> bytes:
     """The grid as the GPU gets it: its rows; of IQ1's a word each, whose bytes are 8 * (value + 1).
 
-    The first half of such a row is at bits 3 and 4 of the bytes, the second two bits above.
+    The first half of such a row is at bits 3 and 4 of the bytes, the second two bits below.
     """
     if name != "iq1":
         return rows(name)
     codes = [(value + 1) & 3 for value in rows(name)]
-    return bytes(codes[i + j] << 3 | codes[i + j + 4] << 5 for i in range(0, len(codes), 8) for j in range(4))
+    return bytes(codes[i + j] << 3 | codes[i + j + 4] << 1 for i in range(0, len(codes), 8) for j in range(4))
 
 
 GRIDS: dict[str, Grid] = {

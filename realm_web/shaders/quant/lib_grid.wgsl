@@ -42,11 +42,11 @@ fn even(seven: u32) -> u32 {
 # endmacro
 
 {# Rows of -1, 0, 1 and a delta of 1/8, up or down: a byte is 8 * value + 9 + 8 * delta, from 0 to 18. Of codes t<first> on
-   (`grids.table`: 8 * (value + 1), the first half at bits 3 and 4 of the bytes, the second two bits above); `up` (and `second`, if
+   (`grids.table`: 8 * (value + 1), the first half at bits 3 and 4 of the bytes, the second two bits below); `up` (and `second`, if
    the second row has its own) is 2 in each byte where delta is up. #}
 # macro rows_of_iq1(first, up, second=none)
 # set of = (up, second or up)
-vec4<u32>({% for g in (0, 1) %}(t{{ first + g }} & 0x18181818u) | {{ of[g] }}, ((t{{ first + g }} >> 2u) & 0x18181818u) | {{ of[g] }}{{ ", " if loop.first }}{% endfor %})
+vec4<u32>({% for g in (0, 1) %}(t{{ first + g }} & 0x18181818u) | {{ of[g] }}, ((t{{ first + g }} << 2u) & 0x18181818u) | {{ of[g] }}{{ ", " if loop.first }}{% endfor %})
 # endmacro
 
 {# The rows t0 to t3 that the words raw.q and h name. #}

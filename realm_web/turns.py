@@ -25,7 +25,8 @@ Heard = Callable[[bytes | BaseException], None]
 
 ENOUGH = 10e-3  # seconds of work in flight, of which results that come late hide the first ones
 SHORT = 1e-3  # seconds of work in flight up to which more is given at once
-MARGIN = 3e-3  # before the end of a step: timers come up to 1 ms late, encoding the next takes up to 1
+MARGIN = 3e-3  # before the end of a step: timers come late, and to encode the next takes up to 1.6 ms
+LOOK = 1e-3  # a step may be done long before: the first one of its kind was slow, say
 TURNS = 3  # of the event loop: a request on a socket is read, parsed and asked
 REMEMBERED = 4  # durations of each kind of step
 
@@ -183,9 +184,10 @@ class Turns:
             return
         for _ in range(TURNS):
             await self._sleep(0)
-        spare = self._foresight.until_next(self._clock()) - MARGIN
-        if spare > 0:
-            await self._sleep(spare)
+        while self._line and self._foresight.until_next(self._clock()) > MARGIN + LOOK:
+            if self._line[0][0].ready():
+                break
+            await self._sleep(LOOK)
 
     async def _hear(self, readback: Readback, step: Step, heard: Heard) -> None:
         done = asyncio.get_running_loop().create_future()

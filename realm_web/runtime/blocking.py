@@ -73,6 +73,10 @@ class BlockingReadback(ABC):
     def _wait(self) -> bytes:
         """Block until they are there. DeviceError."""
 
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether they are there; does not block."""
+
     def __await__(self):
         yield from asyncio.sleep(0).__await__()  # let others run before the thread blocks
         return self._wait()

@@ -373,6 +373,9 @@ class Readback:
         else:  # it came before anybody asked
             asyncio.get_running_loop().call_soon(callback, self._data)
 
+    def ready(self) -> bool:
+        return self._data is not None
+
     def arrive(self, data: bytes | BaseException) -> None:
         if self._callback is None:
             self._data = data

@@ -217,11 +217,19 @@ class Readback(BlockingReadback):
     def _mapped(self, status: int, *_: Any) -> None:
         self._status = status
 
-    def _wait(self) -> bytes:
+    def ready(self) -> bool:
+        if self._status is None:
+            self._look(0)
+        return self._status is not None
+
+    def _look(self, nanoseconds: int) -> None:
         wait = ffi.new("WGPUFutureWaitInfo *")
         wait.future = self._future
+        lib.wgpuInstanceWaitAny(get_wgpu_instance(), 1, wait, nanoseconds)
+
+    def _wait(self) -> bytes:
         while self._status is None:
-            lib.wgpuInstanceWaitAny(get_wgpu_instance(), 1, wait, WAIT_NS)
+            self._look(WAIT_NS)
         if self._status != lib.WGPUMapAsyncStatus_Success:
             raise DeviceLost(
                 f"{self._backend.info.name} stopped answering (its memory could not be read back)"

@@ -23,6 +23,9 @@ class Readback(Protocol):
     def then(self, callback: Callable[[bytes | BaseException], None]) -> None:
         """Call back in the order of submission, from the event loop; in a page without asyncio in between."""
 
+    def ready(self) -> bool:
+        """Whether they are there, so that nothing would have to wait; asks the device where needed."""
+
 
 Replay = Callable[[], Readback | None]
 

@@ -231,6 +231,9 @@ class _Watched:
 
         self._inner.then(watched)
 
+    def ready(self) -> bool:
+        return self._inner.ready()
+
 
 class Tracer:
     """Times some of the first runs of every program, in the place of plain ones, and writes a table of each.

@@ -274,6 +274,11 @@ class Readback(BlockingReadback):
     def __init__(self, backend: Submitter, staging: Staging, index: int, nbytes: int):
         self._backend, self._staging, self._index, self._nbytes = backend, staging, index, nbytes
 
+    def ready(self) -> bool:
+        if not self._staging.flag[0]:
+            lib.wgpuDevicePoll(self._backend.raw_device, False, ffi.NULL)
+        return self._staging.flag[0] != 0
+
     def _wait(self) -> bytes:
         flag, backend = self._staging.flag, self._backend
         index = ffi.new("uint64_t *", self._index)

@@ -147,8 +147,7 @@ class Transformer:
 
         That is "norm", "plain" (float32), or "bytes" that are made already.
         """
-        norms = self.config.arch.norms
-        before = {"post": "plain", "both": "bytes", "pre": "norm"}[norms]  # norms behind norms make bytes
+        before = "plain" if self.config.arch.norms == "post" else "norm"
         found = [(self.output, "", "bytes")]
         for layer in self.layers:
             mixer, ffn = layer.mixer, layer.ffn
@@ -251,7 +250,8 @@ class Transformer:
         added = r.scratch("added", *x.shape)
         record(added, residual=False, scale=c.residual_scale)
         made = None
-        if then is not None and then.form == "bytes" and then.may_be_made(r.device):
+        # one row is normed by the product itself, which then takes two formats in one call
+        if r.n_rows > 1 and then is not None and then.form == "bytes" and then.may_be_made(r.device):
             made = then.norm, *then.to_fill(r)
         ops.rmsnorm(r, added, post_norm, x, c.norm_eps, residual=True, then=made)
 

@@ -1,8 +1,9 @@
-"""What a grammar costs: the rate of answers that a regular expression constrains beside that of free ones.
+"""What a grammar costs: the rate of answers that one constrains beside that of free ones.
 
-    python bench/structured.py MODEL [--device auto] [--rows 1,8]
+    python bench/structured.py MODEL [--device auto] [--rows 1,8,32]
 
-The expression allows a hundred letters and spaces and more, so that both write the same number of tokens.
+The regular expression allows a hundred letters and spaces and more, the schema an object with a string of
+three thousand characters and more, so that all write the same number of tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from realm_web.engine import Engine
 from realm_web.sampler import SamplingParams
 
 N_TOKENS = 100
-FORMAT = {"type": "regex", "regex": "[a-z ]{100,100000}"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "minLength": 3000}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMATS = {
+    "free": None,
+    "regex": {"type": "regex", "regex": "[a-z ]{100,100000}"},
+    "schema": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+}
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rows", default="1,8")
+    parser.add_argument("--rows", default="1,8,32")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     rows = [int(n) for n in args.rows.split(",")]
@@ -31,14 +42,19 @@ async def main() -> None:
         args.model, device=args.device, max_seqs=max(rows), context=512, kv_tokens=16384
     )
     for n in rows:
-        free, held = [], []
+        found: dict[str, list[float]] = {name: [] for name in FORMATS}
         for run in range(args.runs + 1):
-            for found, wanted in ((free, None), (held, FORMAT)):
+            for name, wanted in FORMATS.items():
                 rate = await measure(engine, n, run, wanted)
                 if run:
-                    found.append(rate)
-        cost = median(free) / median(held)
-        print(f"{n} rows: free {median(free):,.0f} tok/s, constrained {median(held):,.0f}, {cost:.3f} times")
+                    found[name].append(rate)
+        rates = {name: median(each) for name, each in found.items()}
+        held = (
+            f"{name} {rates[name]:,.0f} ({rates['free'] / rates[name]:.3f} times)"
+            for name in FORMATS
+            if FORMATS[name]
+        )
+        print(f"{n} rows: free {rates['free']:,.0f} tok/s, {', '.join(held)}", flush=True)
     await engine.close()
 
 

@@ -156,7 +156,7 @@ class Stepper:
         wanted: dict[int, Answer] = {}  # by slot
         for seq, request in zip(held.batch.seqs, held.requests, strict=True):
             answer = self.answers.get(request.id)
-            if answer is None or answer.matcher is None or not seq.samples:
+            if answer is None or answer.matcher is None or not seq.samples or request.status == "finished":
                 continue
             if request.n_pending > 1:  # tokens before the one to draw that are not known yet
                 return False
@@ -179,8 +179,9 @@ class Stepper:
                 except RequestError as error:
                     self._fail(answer, error)
             return masks
+        view = memoryview(rows)
         return {
-            slot: self._mask(answer, bytes(rows[size * i : size * (i + 1)]))
+            slot: self._mask(answer, bytes(view[size * i : size * (i + 1)]))
             for i, (slot, answer) in enumerate(wanted.items())
         }
 

@@ -186,9 +186,9 @@ def test_variants_keep_to_the_memory_of_a_workgroup(subgroup, max_shared, is_cpu
 
 def workgroup_bytes(kernel: str, consts: dict) -> int:
     code = template.render(kernel, consts).code
-    arrays = re.findall(r"var<workgroup> \w+: array<(f32|vec4<f32>), (\d+)>", code)
+    arrays = re.findall(r"var<workgroup> \w+: array<(f32|vec2<f32>|vec4<f32>), (\d+)>", code)
     assert len(arrays) == code.count("var<workgroup>")
-    return sum((4 if kind == "f32" else 16) * int(n) for kind, n in arrays)
+    return sum({"f32": 4, "vec2<f32>": 8, "vec4<f32>": 16}[kind] * int(n) for kind, n in arrays)
 
 
 def test_bytes_of_heads_are_those_of_whole_words():

@@ -12,6 +12,8 @@ from realm_web.tensor import Tensor
 CONTEXTS = (256, 2048, 16384)  # a program is made for contexts of so many tokens at most, or of all
 UNSPLIT = 256  # tokens of context that one workgroup takes rather than have parts merged
 MAX_SPLITS = 64
+FEW, MANY = 8, 192  # workgroups from which on heads share their keys, of split contexts and of whole ones
+SHARING = 8  # rows from which on long contexts are read eight keys at a time: fewer threads, more in flight
 BUSY = 16  # workgroups from which on splits take more than the least
 LEAST_SHARE, MOST_SHARE = 64, 1024  # tokens of a split
 TILE_SHARE = 128  # and of one of tiles
@@ -131,9 +133,11 @@ def _rows(
     n_heads, single = consts["n_heads"], consts["rows"] == "single"
     n, grid_rows = (r.n_seqs, _max_tiles(r)) if single else (r.n_rows, r.n_rows)
     span = _span(r, consts)
-    few = 0 if r.device.info.is_cpu or span > CONTEXTS[1] else 16 if span > UNSPLIT else 32  # workgroups
+    whole = span <= UNSPLIT
+    few = 0 if r.device.info.is_cpu or span > CONTEXTS[1] else MANY if whole else FEW
     most = n * n_heads // few if few else n_heads
-    shape = row_shape(r.device, n_heads // consts["n_kv"], consts["head_dim"], most)
+    batch = 4 if whole or n < SHARING else 8
+    shape = row_shape(r.device, n_heads // consts["n_kv"], consts["head_dim"], most, batch)
     chunk = shape["batch"] * shape["wg"] // shape["lanes"]
     share = max(LEAST_SHARE, min(chunk, shape["wg"] // 2) // consts["block_size"] * consts["block_size"])
     while share < MOST_SHARE and share * BUSY < LEAST_SHARE * n * n_heads // shape["nq"]:
@@ -185,25 +189,28 @@ def _span(r: Recorder, consts: dict[str, Any]) -> int:
     return 1 if span <= UNSPLIT or r.device.info.is_cpu else span
 
 
-def row_shape(device: Device, group: int, head_dim: int, most: int = 8) -> dict[str, int]:
+def row_shape(device: Device, group: int, head_dim: int, most: int = 8, batch: int = 8) -> dict[str, int]:
     """The variant of `attention`: query heads, threads and keys at a time, by registers and memory.
 
-    At most `most` query heads: fewer than share their keys where there are few workgroups otherwise.
+    At most `most` query heads: fewer than share their keys where there are few workgroups otherwise; with few
+    heads a thread has registers for 8 keys, else for `batch`.
     """
     subgroup = device.subgroup_size
     lanes = min(1 << (head_dim // 8).bit_length() - 1, 32)
     if subgroup < lanes:
         lanes = min(lanes, subgroup if subgroup >= 4 else max(4, head_dim // 32))
-    batch, wg = (2, 64) if device.info.is_cpu or not subgroup else (8, 128)
+    soft = device.info.is_cpu or not subgroup
+    batch, wg = (2, 64) if soft else (batch, 128)
     nq = min(8, max(1, 64 * lanes // head_dim))
     if most < min(nq, group):
-        nq, wg = max(1, most), 256 if wg == 128 and head_dim >= 128 else wg
+        nq = max(1, most)
+        batch, wg = (2, 64) if soft else (8, 256 if head_dim >= 128 else 128)
     while True:
         nq = divisor(group, nq)
         places = wg // lanes
         room = device.limits.max_shared // 4 - nq * (head_dim + batch * places + 43) - 2 * head_dim - 8
-        sums = 0 if subgroup >= lanes else batch * nq * lanes * (places + 1)
-        if room >= max(sums, nq * head_dim):
+        room -= 0 if subgroup >= lanes else batch * nq * lanes * (places + 1)
+        if room >= nq * head_dim:
             return {
                 "nq": nq, "wg": wg, "lanes": lanes, "batch": batch, "room": min(ROOM, room),
                 "subgroup": subgroup,

@@ -1,7 +1,8 @@
 // Causal attention of single rows over the paged KV cache with online softmax (Dao et al., FlashAttention; Flash-Decoding
 // where the context is split), one workgroup per (row, `nq` query heads of one kv head, split of the context).
-// `lanes` threads share a key and have `batch` keys next to each other; the keys of a workgroup, a chunk, pass three
-// phases: scores, softmax, sums of values. The loads of the next chunk are under way meanwhile.
+// `lanes` threads share a key and have `batch` keys next to each other, a workgroup a chunk of keys. Subgroups go through
+// the chunks by themselves, each with a maximum of its own, and meet at the end: scores and weights stay in registers.
+// Without subgroups a chunk passes three phases between barriers: scores, softmax, sums of values.
 // step;  q (n_rows, n_heads * head_dim) f32;  k, v (n_blocks, n_kv) pages as in `lib/pages.wgsl`
 // [sinks (n_heads,) f32: a logit per head that takes part in the softmax and has no value]
 // out (n_rows, n_heads * head_dim) f32, or with splits > 1 the parts for `attention_merge`
@@ -22,18 +23,36 @@
 # import "lib/rope.wgsl" as rope
 # set group = n_heads // n_kv
 # set units = head_dim // 8
+# set quads = head_dim // 4
 # set upl = (units + lanes - 1) // lanes
 # set tail = units % lanes
 # set places = wg // lanes
 # set chunk = batch * places
 # set shuffle = subgroup >= lanes
+# set scaled = kv == "q8_0"
 # set m = batch * nq
-# set wide = [wg // nq, chunk, subgroup if shuffle else 32] | min
+# set wide = [wg // nq, subgroup if shuffle else chunk, 32] | min
 # set team = 32 if wide >= 32 else (16 if wide >= 16 else (8 if wide >= 8 else 4))
 # set per = 8 if 8 * (nq + 1) <= wg else 4
 # set parts = wg // subgroup if shuffle else places
 # set kept = [parts, room // (nq * head_dim)] | min
 # set partials = 0 if shuffle else m * lanes * (places + 1)
+# if shuffle
+# set ns = namespace(mask=lanes // 2, keys=batch, heads=nq, steps=[])
+# for _ in range(6) if ns.mask > 0
+# if ns.heads % 2 == 0
+# set ns.heads = ns.heads // 2
+# set ns.steps = ns.steps + [(ns.mask, "heads", ns.heads)]
+# elif ns.keys > 1
+# set ns.keys = ns.keys // 2
+# set ns.steps = ns.steps + [(ns.mask, "keys", ns.keys)]
+# else
+# set ns.steps = ns.steps + [(ns.mask, "none", 0)]
+# endif
+# set ns.mask = ns.mask // 2
+# endfor
+# set steps, keys_each, heads_each = ns.steps, ns.keys, ns.heads
+# endif
 # set in_bytes = to_bytes and splits == 1
 {{ "enable subgroups;" if shuffle or in_bytes }}
 {{ bind("step", "u32") }}
@@ -52,17 +71,25 @@
 # if sinks
 {{ bind("sinks", "f32") }}
 # endif
-{{ bind("out", "u32" if in_bytes else "f32", "read_write") }}
+{{ bind("out", "u32" if in_bytes else "vec4<f32>", "read_write") }}
 {{ quantise.functions() if in_bytes }}
 
 const NEVER = -1e30;
 
 var<workgroup> qs: array<f32, {{ nq * head_dim }}>;
+# if shuffle
+var<workgroup> red: array<f32, {{ (nq + 1) * per }}>;
+var<workgroup> stats: array<vec2<f32>, {{ nq * parts }}>;  // maximum and denominator of each subgroup, then its factor
+# else
 var<workgroup> scores: array<f32, {{ nq * chunk }}>;
 var<workgroup> red: array<f32, {{ [nq * team, (nq + 1) * per] | max }}>;
 var<workgroup> keeps: array<f32, {{ nq }}>;
+# endif
 var<workgroup> finals: array<vec4<f32>, {{ nq }}>;  // maximum, denominator; factors of the sums, of the own value
-var<workgroup> sums: array<f32, {{ [kept * nq * head_dim, partials] | max }}>;
+var<workgroup> sums: array<vec4<f32>, {{ kept * nq * quads }}>;  // of each unit the first half, then of each the second
+# if not shuffle
+var<workgroup> partial: array<f32, {{ partials }}>;
+# endif
 
 {{ pages.types(kv) }}
 {{ pages.reads("k", kv, head_dim, block_size) }}
@@ -77,6 +104,11 @@ var<workgroup> fresh: array<f32, {{ 2 * head_dim }}>;  // the row's own key and 
 {{ pages.writes("v", kv, head_dim, block_size) }}
 {{ rope.functions(head_dim, rot_dim, neox, magnitude) }}
 # endif
+
+// Where value d of a head is in `qs`: the first values of all units, then the second ones.
+fn plane(d: u32) -> u32 {
+  return d % 8u * {{ units }}u + d / 8u;
+}
 
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -139,9 +171,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     let p = min({{ first }} + place * {{ batch }}u, last);
     let page = page_of(p, table, kv_head);
     # for b in range(batch)
-    let t{{ b }} = min({{ first }} + place * {{ batch }}u + {{ b }}u, last) % {{ block_size }}u;
     # for j in range(upl)
-    {{ name }}{{ b }}_{{ j }} = {{ name }}_raw(page, t{{ b }}, unit{{ j }});
+    {{ name }}{{ b }}_{{ j }} = {{ name }}_raw(page, p % {{ block_size }}u + {{ "min(%du, last - p)" % b if b else "0u" }}, unit{{ j }});
     # endfor
     # endfor
   }
@@ -181,7 +212,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let value{{ i }} = qkv[base + ({{ n_heads + n_kv }}u + kv_head) * {{ head_dim }}u + min(lid + {{ i * wg }}u, {{ head_dim - 1 }}u)];
   # endfor
   # for i in range(each)
-  {
+  {{ "if (own) {" if i * wg >= nq * head_dim else "{" }}
     # if norm
     var squares = 0.0;
     # for j in range(per)
@@ -196,7 +227,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # endif
     let value = turned(a, b, d{{ i }}, position);
     if (n{{ i }} < {{ nq }}u) {
-      qs[lid + {{ i * wg }}u] = value * {{ "%.9g" % scale }};
+      qs[n{{ i }} * {{ head_dim }}u + plane(d{{ i }})] = value * {{ "%.9g" % scale }};
     }{{ " else if (lid + %du < %du) {" % (i * wg, items) if items % wg and i == each - 1 else " else {" }}
       fresh[d{{ i }}] = rounded(value);
     }
@@ -209,15 +240,29 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # else
   for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
-    qs[i] = q[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] * {{ "%.9g" % scale }};
+    let to = i / {{ head_dim }}u * {{ head_dim }}u + plane(i % {{ head_dim }}u);
+    qs[to] = q[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] * {{ "%.9g" % scale }};
   }
   # endif
   workgroupBarrier();
+  // A lane's local heads are in such an order that in each exchange of heads it keeps the first half.
   # for n in range(nq)
+  # set of = namespace(head="0u", rest=n)
+  # if shuffle
+  # for mask, kind, half in steps if kind == "heads"
+  # set upper = of.rest >= half
+  # set of.head = of.head + " + select(%du, %du, (lane & %du) != 0u)" % (half if upper else 0, 0 if upper else half, mask)
+  # set of.rest = of.rest % half
+  # endfor
+  # endif
+  let held{{ n }} = {{ of.head }} + {{ of.rest if shuffle else n }}u;
   # for j in range(upl)
   # for h in range(2)
-  # set at = "%du + 8u * unit%d + " % (n * head_dim + 4 * h, j)
-  var q{{ n }}_{{ j }}{{ "ab"[h] }} = vec4<f32>(qs[{{ at }}0u], qs[{{ at }}1u], qs[{{ at }}2u], qs[{{ at }}3u]);
+  var q{{ n }}_{{ j }}{{ "ab"[h] }} = vec4<f32>(
+    # for i in range(4)
+    qs[held{{ n }} * {{ head_dim }}u + {{ (4 * h + i) * units }}u + unit{{ j }}],
+    # endfor
+  );
   # if tail and j == upl - 1
   q{{ n }}_{{ j }}{{ "ab"[h] }} *= select(0.0, 1.0, lane + {{ j * lanes }}u < {{ units }}u);
   # endif
@@ -258,63 +303,185 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   workgroupBarrier();
   # endif
   # endif
-  var top = NEVER;
-  var sum = 0.0;
   let member = lid % {{ team }}u;
   let mine = min(lid / {{ team }}u, {{ nq - 1 }}u);
   let in_team = lid < {{ nq * team }}u;
+  # macro own_of()
   # if fused
   var own_score = 0.0;
+  if (own) {
   # for i in range(0, head_dim, team)
-  {{ "if (member < %du) {" % (head_dim - i) if i + team > head_dim else "{" }}
-    own_score += qs[mine * {{ head_dim }}u + {{ i }}u + member] * fresh[{{ i }}u + member];
-  }
+    {{ "if (member < %du) {" % (head_dim - i) if i + team > head_dim else "{" }}
+      own_score += qs[mine * {{ head_dim }}u + plane({{ i }}u + member)] * fresh[{{ i }}u + member];
+    }
   # endfor
   # if shuffle
   # for mask in (1, 2, 4, 8, 16) if mask < team
-  own_score += subgroupShuffleXor(own_score, {{ mask }}u);
+    own_score += subgroupShuffleXor(own_score, {{ mask }}u);
   # endfor
   # else
   # if norm
-  workgroupBarrier();
+    workgroupBarrier();
   # endif
-  if (in_team) {
-    red[lid] = own_score;
-  }
-  workgroupBarrier();
-  own_score = 0.0;
+    if (in_team) {
+      red[lid] = own_score;
+    }
+    workgroupBarrier();
+    own_score = 0.0;
   # for i in range(team)
-  own_score += red[mine * {{ team }}u + {{ i }}u];
+    own_score += red[mine * {{ team }}u + {{ i }}u];
   # endfor
-  workgroupBarrier();
+    workgroupBarrier();
   # endif
   # if softcap
-  own_score = tanh(clamp(own_score / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+    own_score = tanh(clamp(own_score / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
   # endif
+  }
   # endif
+  # endmacro
   # if shuffle
-  # set padded = (m + lanes - 1) // lanes * lanes if m >= lanes else (1 if m == 1 else (2 if m == 2 else (4 if m <= 4 else (8 if m <= 8 else (16 if m <= 16 else 32)))))
-  # set ns = namespace(m=padded, mask=lanes // 2, slot="0u", owner="true")
-  # for _ in range(6) if ns.mask > 0
-  # if ns.m > 1
-  # set ns.slot = ns.slot + " + select(0u, %du, (lane & %du) != 0u)" % (ns.m // 2, ns.mask)
-  # set ns.m = ns.m // 2
-  # else
-  # set ns.owner = ns.owner + " && (lane & %du) == 0u" % ns.mask
-  # endif
-  # set ns.mask = ns.mask // 2
+  // The sums over the lanes, of each key and head, come to lie apart: with each exchange a thread gives away half.
+  let from_lane = lid % {{ subgroup }}u / {{ lanes }}u * {{ lanes }}u;
+  # set of = namespace(key="0u")
+  # for mask, kind, half in steps if kind == "keys"
+  # set of.key = of.key + " + select(0u, %du, (lane & %du) != 0u)" % (half, mask)
   # endfor
-  let slot = {{ ns.slot }};  // which of the sums of its lanes a thread has in the end
-  let owner = {{ ns.owner }};
+  let my_key = place * {{ batch }}u + {{ of.key }};
+  # for n in range(heads_each)
+  var top{{ n }} = NEVER;
+  var sum{{ n }} = 0.0;
+  # endfor
+  # else
+  var top = NEVER;
+  var sum = 0.0;
+  {{ own_of() }}
   # endif
-  # macro decode(name)
+  # macro lane_of(b, n)
+  # set of = namespace(lane=0)
+  # for mask, kind, half in steps
+  # if kind == "keys" and b % (2 * half) >= half or kind == "heads" and n % (2 * half) >= half
+  # set of.lane = of.lane + mask
+  # endif
+  # endfor
+  {{ of.lane }}
+  # endmacro
+  # macro decode(name, apart=false)
   # for b in range(batch)
   # for j in range(upl)
-  let e{{ b }}_{{ j }} = decoded({{ name }}{{ b }}_{{ j }});
+  let e{{ b }}_{{ j }} = {{ "unscaled" if apart and scaled else "decoded" }}({{ name }}{{ b }}_{{ j }});
+  # if apart and scaled
+  let scale{{ b }}_{{ j }} = scale_of({{ name }}{{ b }}_{{ j }});
+  # endif
   # endfor
   # endfor
   # endmacro
 
+  # if shuffle
+  for (var here = low; here < high; here += {{ chunk }}u) {
+    let again = here + {{ chunk }}u < high;
+    # for b in range(batch)
+    # for n in range(nq)
+    var s{{ b }}_{{ n }} = 0.0;
+    # endfor
+    # endfor
+    {
+      {{ decode("k", true) }}
+      # for b in range(batch)
+      # for n in range(nq)
+      # for j in range(upl)
+      s{{ b }}_{{ n }} += {{ "(" if scaled }}dot(q{{ n }}_{{ j }}a, e{{ b }}_{{ j }}.a) + dot(q{{ n }}_{{ j }}b, e{{ b }}_{{ j }}.b){{ ") * scale%d_%d" % (b, j) if scaled }};
+      # endfor
+      # endfor
+      # endfor
+    }
+    # set left = namespace(keys=batch, heads=nq)
+    # for mask, kind, half in steps
+    # if kind == "none"
+    # for b in range(left.keys)
+    # for n in range(left.heads)
+    s{{ b }}_{{ n }} += subgroupShuffleXor(s{{ b }}_{{ n }}, {{ mask }}u);
+    # endfor
+    # endfor
+    # else
+    # if kind == "heads"
+    # for b in range(left.keys)
+    # for n in range(half)
+    s{{ b }}_{{ n }} += subgroupShuffleXor(s{{ b }}_{{ n + half }}, {{ mask }}u);
+    # endfor
+    # endfor
+    # else
+    {
+      let upper = (lane & {{ mask }}u) != 0u;
+      # for b in range(half)
+      # for n in range(left.heads)
+      # set this, other = "s%d_%d" % (b, n), "s%d_%d" % (b + half, n)
+      {{ this }} = select({{ this }}, {{ other }}, upper) + subgroupShuffleXor(select({{ other }}, {{ this }}, upper), {{ mask }}u);
+      # endfor
+      # endfor
+    }
+    # endif
+    # set left.keys = half if kind == "keys" else left.keys
+    # set left.heads = half if kind == "heads" else left.heads
+    # endif
+    # endfor
+    # for n in range(heads_each)
+    var best{{ n }} = top{{ n }};
+    # for b in range(keys_each)
+    # if softcap
+    s{{ b }}_{{ n }} = tanh(clamp(s{{ b }}_{{ n }} / {{ "%.9g" % softcap }}, -15.0, 15.0)) * {{ "%.9g" % softcap }};
+    # endif
+    s{{ b }}_{{ n }} = select(NEVER, s{{ b }}_{{ n }}, here + my_key + {{ b }}u < high{{ " && here + my_key + %du > position" % (window + b) if window }});
+    best{{ n }} = max(best{{ n }}, s{{ b }}_{{ n }});
+    # endfor
+    # for mask, kind, half in steps if kind == "keys"
+    best{{ n }} = max(best{{ n }}, subgroupShuffleXor(best{{ n }}, {{ mask }}u));
+    # endfor
+    # set ns = namespace(mask=lanes)
+    # for _ in range(6) if ns.mask < subgroup
+    best{{ n }} = max(best{{ n }}, subgroupShuffleXor(best{{ n }}, {{ ns.mask }}u));
+    # set ns.mask = ns.mask * 2
+    # endfor
+    let keep{{ n }} = exp(top{{ n }} - best{{ n }});
+    top{{ n }} = best{{ n }};
+    sum{{ n }} *= keep{{ n }};
+    # for b in range(keys_each)
+    s{{ b }}_{{ n }} = select(exp(s{{ b }}_{{ n }} - best{{ n }}), 0.0, s{{ b }}_{{ n }} == NEVER);
+    sum{{ n }} += s{{ b }}_{{ n }};
+    # endfor
+    # endfor
+    # for n in range(nq)
+    {
+      let keep = subgroupShuffle(keep{{ n % heads_each }}, from_lane + {{ lane_of(0, n) | trim }}u);
+      # for j in range(upl)
+      acc{{ n }}_{{ j }}a *= keep;
+      acc{{ n }}_{{ j }}b *= keep;
+      # endfor
+    }
+    # endfor
+    {
+      {{ decode("v", true) }}
+      # for b in range(batch)
+      # for n in range(nq)
+      {
+        let w = subgroupShuffle(s{{ b % keys_each }}_{{ n % heads_each }}, from_lane + {{ lane_of(b, n) | trim }}u);
+        # for j in range(upl)
+        # if scaled
+        let w{{ j }} = w * scale{{ b }}_{{ j }};
+        # endif
+        # set times = "w%d" % j if scaled else "w"
+        acc{{ n }}_{{ j }}a += {{ times }} * e{{ b }}_{{ j }}.a;
+        acc{{ n }}_{{ j }}b += {{ times }} * e{{ b }}_{{ j }}.b;
+        # endfor
+      }
+      # endfor
+      # endfor
+    }
+    if (again) {
+      {{ load("k", "here + %du" % chunk) }}
+      {{ load("v", "here + %du" % chunk) }}
+    }
+  }
+  # else
   for (var here = low; here < high; here += {{ chunk }}u) {
     let again = here + {{ chunk }}u < high;
     {
@@ -330,46 +497,18 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       if (again) {
         {{ load("k", "here + %du" % chunk) }}
       }
-      # if shuffle
-      // sums over the lanes: with each exchange a thread gives away half of its values
-      # for i in range(m, padded)
-      var s{{ i }} = 0.0;
-      # endfor
-      # set ns = namespace(m=padded, mask=lanes // 2)
-      # for _ in range(6) if ns.mask > 0
-      # if ns.m > 1
-      # set ns.m = ns.m // 2
-      {
-        let upper = (lane & {{ ns.mask }}u) != 0u;
-        # for i in range(ns.m)
-        s{{ i }} = select(s{{ i }}, s{{ i + ns.m }}, upper) + subgroupShuffleXor(select(s{{ i + ns.m }}, s{{ i }}, upper), {{ ns.mask }}u);
-        # endfor
-      }
-      # else
-      s0 += subgroupShuffleXor(s0, {{ ns.mask }}u);
-      # endif
-      # set ns.mask = ns.mask // 2
-      # endfor
-      # for i in range(ns.m)
-      if (owner && slot + {{ i }}u < {{ m }}u) {
-        let value = slot + {{ i }}u;
-        scores[value % {{ nq }}u * {{ chunk }}u + place * {{ batch }}u + value / {{ nq }}u] = s{{ i }};
-      }
-      # endfor
-      # else
       # for i in range(m)
-      sums[({{ i * lanes }}u + lane) * {{ places + 1 }}u + place] = s{{ i }};
+      partial[({{ i * lanes }}u + lane) * {{ places + 1 }}u + place] = s{{ i }};
       # endfor
       workgroupBarrier();
       for (var i = lid; i < {{ places * m }}u; i += {{ wg }}u) {
         let value = i / {{ places }}u;
         var total = 0.0;
         # for i in range(lanes)
-        total += sums[(value * {{ lanes }}u + {{ i }}u) * {{ places + 1 }}u + i % {{ places }}u];
+        total += partial[(value * {{ lanes }}u + {{ i }}u) * {{ places + 1 }}u + i % {{ places }}u];
         # endfor
         scores[value % {{ nq }}u * {{ chunk }}u + i % {{ places }}u * {{ batch }}u + value / {{ nq }}u] = total;
       }
-      # endif
     }
     workgroupBarrier();
     {
@@ -392,11 +531,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
         best = max(best, x{{ i }});
       }
       # endfor
-      # if shuffle
-      # for mask in (1, 2, 4, 8, 16) if mask < team
-      best = max(best, subgroupShuffleXor(best, {{ mask }}u));
-      # endfor
-      # else
       if (in_team) {
         red[lid] = best;
       }
@@ -404,7 +538,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       # for i in range(team)
       best = max(best, red[mine * {{ team }}u + {{ i }}u]);
       # endfor
-      # endif
       best = max(best, top);
       let keep = exp(top - best);
       top = best;
@@ -446,7 +579,43 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       workgroupBarrier();
     }
   }
+  # endif
   # if shuffle
+  {{ own_of() }}
+  let part = lid / {{ subgroup }}u;
+  # for n in range(heads_each)
+  # for mask, kind, half in steps if kind == "keys"
+  sum{{ n }} += subgroupShuffleXor(sum{{ n }}, {{ mask }}u);
+  # endfor
+  # set ns = namespace(mask=lanes)
+  # for _ in range(6) if ns.mask < subgroup
+  sum{{ n }} += subgroupShuffleXor(sum{{ n }}, {{ ns.mask }}u);
+  # set ns.mask = ns.mask * 2
+  # endfor
+  # endfor
+  # for n in range(nq)
+  if (lid % {{ subgroup }}u == {{ lane_of(0, n) | trim }}u) {
+    stats[{{ n * parts }}u + part] = vec2<f32>(top{{ n % heads_each }}, sum{{ n % heads_each }});
+  }
+  # endfor
+  workgroupBarrier();
+  var top = NEVER;
+  var sum = 0.0;
+  # for i in range(0, parts, team)
+  let stat{{ i }} = stats[mine * {{ parts }}u + {{ "min(%du + member, %du)" % (i, parts - 1) if parts % team else "%du + member" % i }}];
+  top = max(top, stat{{ i }}.x);
+  # endfor
+  # for mask in (1, 2, 4, 8, 16) if mask < team
+  top = max(top, subgroupShuffleXor(top, {{ mask }}u));
+  # endfor
+  workgroupBarrier();
+  # for i in range(0, parts, team)
+  {{ "if (in_team && %du + member < %du) {" % (i, parts) if parts % team else "if (in_team) {" }}
+    let factor = exp(stat{{ i }}.x - top);
+    stats[mine * {{ parts }}u + {{ i }}u + member].x = factor;
+    sum += factor * stat{{ i }}.y;
+  }
+  # endfor
   # for mask in (1, 2, 4, 8, 16) if mask < team
   sum += subgroupShuffleXor(sum, {{ mask }}u);
   # endfor
@@ -482,8 +651,17 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   # endfor
   # set ns.mask = ns.mask * 2
   # endfor
-  let part = lid / {{ subgroup }}u;
   let has_part = lid % {{ subgroup }}u < {{ lanes }}u;
+  workgroupBarrier();
+  # for n in range(nq)
+  {
+    let factor = stats[{{ n * parts }}u + part].x;
+    # for j in range(upl)
+    acc{{ n }}_{{ j }}a *= factor;
+    acc{{ n }}_{{ j }}b *= factor;
+    # endfor
+  }
+  # endfor
   # else
   let part = place;
   let has_part = true;
@@ -496,33 +674,40 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # for n in range(nq)
     # for j in range(upl)
     {{ "if (lane + %du < %du) {" % (j * lanes, units) if tail and j == upl - 1 else "{" }}
-      let to = (part - {{ first }}u) * {{ nq * head_dim }}u + {{ n * head_dim }}u + 8u * (lane + {{ j * lanes }}u);
-      # for i in range(4)
-      sums[to + {{ i }}u] {{ "+" if first }}= acc{{ n }}_{{ j }}a[{{ i }}];
-      sums[to + {{ i + 4 }}u] {{ "+" if first }}= acc{{ n }}_{{ j }}b[{{ i }}];
-      # endfor
+      let to = (part - {{ first }}u) * {{ nq * quads }}u + {{ n * quads }}u + lane + {{ j * lanes }}u;
+      sums[to] {{ "+" if first }}= acc{{ n }}_{{ j }}a;
+      sums[to + {{ units }}u] {{ "+" if first }}= acc{{ n }}_{{ j }}b;
     }
     # endfor
     # endfor
   }
   # endfor
   workgroupBarrier();
-  # if in_bytes
-  # set quads = nq * head_dim // 4
-  # for first in range(0, quads, wg)
+  # for first in range(0, nq * quads, wg)
   {
-    let at = lid + {{ first }}u;
-    let i = {{ "at" if first + wg <= quads else "min(at, %du)" % (quads - 1) }};
-    let n = i / {{ head_dim // 4 }}u;
-    var v = vec4<f32>();
-    # for other in range(kept)
-    v += vec4<f32>({% for j in range(4) %}sums[{{ other * nq * head_dim + j }}u + 4u * i]{{ ", " if not loop.last }}{% endfor %});
+    # set here = first + wg <= nq * quads
+    let i = {{ "lid + %du" % first if here else "min(lid + %du, %du)" % (first, nq * quads - 1) }};
+    let n = i / {{ quads }}u;
+    let quad = i % {{ quads }}u;
+    let from_sum = n * {{ quads }}u + quad % 2u * {{ units }}u + quad / 2u;
+    var v = sums[from_sum];
+    # for other in range(1, kept)
+    v += sums[{{ other * nq * quads }}u + from_sum];
     # endfor
     let final_n = finals[n];
     # if fused
-    let fresh_at = {{ head_dim }}u + 4u * (i % {{ head_dim // 4 }}u);
-    v = v * final_n.z + final_n.w * vec4<f32>({% for j in range(4) %}fresh[fresh_at + {{ j }}u]{{ ", " if not loop.last }}{% endfor %});
+    let own_at = {{ head_dim }}u + 4u * quad;
+    v = v * final_n.z + final_n.w * vec4<f32>(fresh[own_at], fresh[own_at + 1u], fresh[own_at + 2u], fresh[own_at + 3u]);
     # endif
+    # if splits > 1
+    let to = (({{ "seq" if rows == "single" else "row" }} * {{ n_heads }}u + head0 + n) * {{ splits }}u + wid.z) * {{ quads + 1 }}u;
+    {{ "{" if here else "if (lid < %du) {" % (nq * quads - first) }}
+      out[to + quad] = v;
+      if (quad == 0u) {
+        out[to + {{ quads }}u] = vec4<f32>(final_n.xy, 0.0, 0.0);
+      }
+    }
+    # else
     # if sinks
     let highest = max(final_n.x, sinks[head0 + n]);
     let keep = exp(final_n.x - highest);
@@ -530,42 +715,19 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     # else
     v /= final_n.y;
     # endif
+    # if to_bytes
 {{ quantise.chunk_of_lanes() }}
-    {{ "if (at < %du) {" % quads if first + wg > quads else "{" }}
+    # endif
+    {{ "{" if here else "if (lid < %du) {" % (nq * quads - first) }}
+      # if to_bytes
       let to = row * {{ 3 * n_heads * head_dim // 8 }}u;
-      let quad = head0 * {{ head_dim // 4 }}u + i;
-{{ quantise.put_lane({"name": "out", "to": "to", "k": n_heads * head_dim}, "quad", "") }}
+      let at = head0 * {{ quads }}u + i;
+{{ quantise.put_lane({"name": "out", "to": "to", "k": n_heads * head_dim}, "at", "") }}
+      # else
+      out[(row * {{ n_heads }}u + head0) * {{ quads }}u + i] = v;
+      # endif
     }
+    # endif
   }
   # endfor
-  # else
-  for (var i = lid; i < {{ nq * head_dim }}u; i += {{ wg }}u) {
-    let n = i / {{ head_dim }}u;
-    var total = sums[i];
-    # for other in range(1, kept)
-    total += sums[{{ other * nq * head_dim }}u + i];
-    # endfor
-    let final_n = finals[n];
-    # if fused
-    total = total * final_n.z + final_n.w * fresh[{{ head_dim }}u + i % {{ head_dim }}u];
-    # endif
-    # if splits == 1
-    # if sinks
-    let highest = max(final_n.x, sinks[head0 + n]);
-    let keep = exp(final_n.x - highest);
-    let weight = final_n.y * keep + exp(sinks[head0 + n] - highest);
-    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total * keep / weight;
-    # else
-    out[(row * {{ n_heads }}u + head0) * {{ head_dim }}u + i] = total / final_n.y;
-    # endif
-    # else
-    let to = (({{ "seq" if rows == "single" else "row" }} * {{ n_heads }}u + head0 + n) * {{ splits }}u + wid.z) * {{ head_dim + 4 }}u;
-    out[to + i % {{ head_dim }}u] = total;
-    if (i % {{ head_dim }}u == 0u) {
-      out[to + {{ head_dim }}u] = final_n.x;
-      out[to + {{ head_dim + 1 }}u] = final_n.y;
-    }
-    # endif
-  }
-  # endif
 }

@@ -36,10 +36,17 @@ struct Raw {
 }
 
 # if kv == "q8_0"
-// Four signed bytes, as the mantissas of 2^23 + 128 + byte: cheaper than conversions.
 fn four(word: u32) -> vec4<f32> {
-  let bytes = (vec4<u32>(word ^ 0x80808080u) >> vec4<u32>(0u, 8u, 16u, 24u)) & vec4<u32>(255u);
-  return bitcast<vec4<f32>>(bytes | vec4<u32>(0x4b000000u)) - 8388736.0;
+  return vec4<f32>(unpack4xI8(word));
+}
+
+// The values of a unit before they are multiplied by `scale_of`.
+fn unscaled(raw: Raw) -> Eight {
+  return Eight(four(raw.a.x), four(raw.a.y));
+}
+
+fn scale_of(raw: Raw) -> f32 {
+  return unpack2x16float(raw.scale).x;
 }
 
 # endif
@@ -52,8 +59,8 @@ fn decoded(raw: Raw) -> Eight {
   # elif kv == "f32"
   return Eight(bitcast<vec4<f32>>(raw.a), bitcast<vec4<f32>>(raw.b));
   # else
-  let scale = unpack2x16float(raw.scale).x;
-  return Eight(four(raw.a.x) * scale, four(raw.a.y) * scale);
+  let values = unscaled(raw);
+  return Eight(values.a * scale_of(raw), values.b * scale_of(raw));
   # endif
 }
 # endmacro

@@ -10,15 +10,13 @@
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
   let row = id.x / {{ dim // 32 }}u;
   let chunk = id.x % {{ dim // 32 }}u;
-  if (row >= step[{{ st.N_ROWS }}]) {
-    return;
-  }
-  var token = step[{{ st.tokens }}u + row];
-  if (token == 0xffffffffu) {
-    let seq = step[{{ st.row_seqs }}u + row];
-    token = slots[step[{{ st.seqs }}u + seq * {{ st.SEQ_WORDS }}u + {{ st.SLOT }}u]];
-  }
-  if (token < {{ first_row }}u || token >= {{ first_row + n_shard_rows }}u) {
+  // no load waits for another that it does not need
+  let is_there = row < step[{{ st.N_ROWS }}];
+  let given = step[{{ st.tokens }}u + row];
+  let seq = select(0u, step[{{ st.row_seqs }}u + row], is_there);
+  let drawn = slots[step[{{ st.seqs }}u + seq * {{ st.SEQ_WORDS }}u + {{ st.SLOT }}u]];
+  let token = select(given, drawn, given == 0xffffffffu);
+  if (!is_there || token < {{ first_row }}u || token >= {{ first_row + n_shard_rows }}u) {
     return;
   }
   let v = w_decode((token - {{ first_row }}u) * {{ dim // 32 }}u + chunk);

@@ -86,6 +86,8 @@ def activation_words(k: int) -> int:
 
 
 CODEBOOK_FORMATS = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+# Of these a thread may load two neighbouring chunks at once, with the scales that they share.
+RUN_FORMATS = ("Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 
 WORDS_OF_TYPE = {"u32": 1, "vec2<u32>": 2, "vec4<u32>": 4}  # what a part's binding may be an array of
 

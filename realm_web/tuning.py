@@ -174,11 +174,11 @@ def _of_several(default: Matvec, shape: Shape) -> Iterator[Matvec]:
 
 def _sensible(v: Matvec, shape: Shape, room: int) -> bool:
     """Neither idle lanes, nor more loads and sums than a thread has registers for; whole chunks of bytes."""
-    if v.lanes > v.wg or v.lanes * v.unroll > max(shape.k // 32, v.subgroup or 16):
+    if v.lanes > v.wg or v.lanes * v.unroll * v.run > max(shape.k // 32, v.subgroup or 16):
         return False
     if shape.to_bytes and v.wg // v.lanes * v.rows % 32:
         return False
-    loads = v.rows * v.unroll * (1 + shape.act)
+    loads = v.rows * v.unroll * v.run * (1 + shape.act)
     sums = v.rows * v.m_tile * (1 + shape.act)
     if not v.subgroup:  # sums meet in workgroup memory
         return loads <= 8 and 4 * sums * v.wg <= 4096 and not v.stage

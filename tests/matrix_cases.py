@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from kernel_cases import FMA, SHAPES, ST, SUM, Case, normal, packed, step_words
 
-from realm_web.quants import FORMATS, activation_words
+from realm_web.quants import FORMATS, RUN_FORMATS, activation_words
 from realm_web.runtime.cpu_kernels import from_bytes, put_bytes, to_bytes
 from realm_web.step import NONE
 
@@ -154,7 +154,8 @@ def bytes_error(got: np.ndarray, want: np.ndarray, k: int) -> float:
 def matvec_cases() -> Iterator[Case]:
     def case(fmt, *, n=40, k=512, m=1, lanes=1, rows=1, wg=64, m_tile=1, unroll=1, subgroup=0, act="",
              bias=False, residual=False, offset=0, fold=0, scale=1.0, softcap=0.0, x_as="f32",
-             out_as="f32", fmt2="", n1=0, ahead=0, stage=0, table=0):  # fmt: skip
+             out_as="f32", fmt2="", n1=0, ahead=0, stage=0, table=0, run=1,
+             sure=False):  # fmt: skip
         stride = activation_words(n) if out_as == "ints" else n + offset
         tensors, out = matvec_tensors(fmt, n, k, m, act, bias, residual, stride, x_as, fmt2, n1)
         consts = {
@@ -163,7 +164,7 @@ def matvec_cases() -> Iterator[Case]:
             "out_offset": offset, "per_seq": False, "x_as": x_as, "eps": 1e-5, "out_as": out_as,
             "lanes": lanes, "rows": rows, "wg": wg, "m_tile": m_tile, "unroll": unroll,
             "subgroup": subgroup, "grid_x": fold, "st": ST, "ahead": ahead, "stage": stage,
-            "table": table,
+            "table": table, "run": run, "sure": sure,
         }  # fmt: skip
         name = (
             f"matvec {fmt} {n}x{k} m {m} lanes {lanes} rows {rows} wg {wg}{' subgroups' * bool(subgroup)}"
@@ -171,6 +172,7 @@ def matvec_cases() -> Iterator[Case]:
             f"{f' {x_as} unroll {unroll}' * (x_as != 'f32')}{' to bytes' * (out_as == 'ints')}"
             f"{f' and {fmt2} from {n1}' * bool(fmt2)}{' ahead' * ahead}{' staged' * stage}"
             f"{f' table {table}' * bool(table)}"
+            f"{f' run {run}' * (run > 1)}{' sure' * sure}"
         )
         grid = (fold, -(-m // m_tile), 1)  # grid_of finishes it, once the lanes are known
         tolerance, dtype = (STEP, f"bytes of {n}") if out_as == "ints" else (FMA, "f32")
@@ -186,6 +188,11 @@ def matvec_cases() -> Iterator[Case]:
         yield case(fmt, lanes=16, rows=2, subgroup=0, act="silu_mul")
         if fmt not in FLOATS:
             yield case(fmt, lanes=16, rows=2, x_as="ints", act="silu_mul", m=3, m_tile=4, k=768, unroll=2)
+    for fmt in RUN_FORMATS:
+        yield case(fmt, x_as="ints", lanes=8, k=768, run=2, sure=True)
+    for fmt, table in (("IQ2_XXS", 16384), ("IQ2_S", 0), ("Q1_0", 0)):
+        yield case(fmt, x_as="ints", lanes=4, rows=2, k=1536, run=2, unroll=2, table=table)
+    yield case("Q4_K", x_as="ints", lanes=8, k=768, sure=True, residual=True, n=37)
     for fmt, wg, table in (
         ("MXFP4", 64, 8192), ("IQ4_XS", 256, 12000), ("IQ4_NL", 256, 3072), ("IQ2_XXS", 128, 16384),
         ("IQ3_S", 96, 8192), ("IQ1_M", 64, 16384),

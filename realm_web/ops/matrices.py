@@ -26,7 +26,8 @@ class Matvec:
     wg: int
     m_tile: int
     subgroup: int
-    unroll: int = 1  # chunks of each row that a thread has under way
+    unroll: int = 1  # runs of chunks of each row that a thread has under way
+    run: int = 1  # neighbouring chunks that it takes together: 1 or 2, for formats that can
     ahead: int = 0  # of several rows of activations: whether the next chunks are under way, too
     stage: int = 0  # and whether the activations of a turn are in workgroup memory
 
@@ -218,7 +219,8 @@ def linear(
             "matvec", **consts, fmt2=second.fmt.name if second else "", n1=weight.n if second else 0,
             per_seq=per_seq, lanes=tuning.lanes, rows=tuning.rows, wg=tuning.wg, m_tile=tuning.m_tile,
             unroll=tuning.unroll, ahead=tuning.ahead, stage=tuning.stage, subgroup=tuning.subgroup,
-            table=table_room(r.device, shape, tuning), grid_x=fold, x_as=x_as,
+            run=tuning.run if ints else 1, sure=m == 1, table=table_room(r.device, shape, tuning),
+            grid_x=fold, x_as=x_as,
             eps=x.eps if x_as == "norm" else 0.0, out_as="ints" if to_bytes else "f32",
         )  # fmt: skip
         label = f"{kernel.name} {weight.label}" + (f" and {second.label}" if second else "")

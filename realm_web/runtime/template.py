@@ -75,9 +75,10 @@ def render(name: str, consts: dict[str, object]) -> Source:
             return own.decode(variable, bind)
         return weight_ints(variable, fmt) + ints.decode(variable, own.offset, own.minimum)
 
-    def weight_ints(variable: str, fmt: str, wg: int = 0, room: int = 0) -> str:
+    def weight_ints(variable: str, fmt: str, wg: int = 0, room: int = 0, run: int = 1) -> str:
         own = environment.get_template(f"quant/{fmt.lower()}.wgsl").module
-        chunk = own.ints(variable, bind, wg, room) if has_table(fmt) else own.ints(variable, bind)
+        given = {"wg": wg, "room": room, "run": run}
+        chunk = own.ints(variable, bind, **{name: given[name] for name in own.ints.arguments[2:]})
         first = variable == "w"
         product = ints.product(
             "product" if first else f"{variable}_product", own.offset, own.halves, own.minimum

@@ -6,9 +6,9 @@
 // With out_as "ints" out is rows of lib/ints.wgsl: a workgroup then makes whole chunks of them, in subgroups of 8 or more.
 // fmt2: the rows of weight from n1 on, a multiple of what a workgroup has, are of another format and bound after the others.
 // constants: fmt, fmt2, n1, k, n, act, bias, residual, scale, softcap, out_stride, out_offset, per_seq (rows are sequences, not tokens),
-// x_as, eps, out_as ("f32", "ints"), st;
+// x_as, eps, out_as ("f32", "ints"), sure (there is one row, whatever the step says), st;
 // tuning: m_tile rows of x at a time (1 if the workgroup makes its own); lanes per weight row; rows per lane group; wg threads;
-// subgroup size or 0; of one row unroll chunks of each weight row at a time; of more a chunk, where the next one's loads are
+// subgroup size or 0; of one row `unroll` times `run` neighbouring chunks of each weight row at a time; of more a chunk, where the next one's loads are
 // under way `ahead`, and with `stage` the activations of a turn are in workgroup memory, for all groups; `table` bytes there for
 // copies of the format's table (0: one copy, if it has one)
 // grid: (ceil(n / (wg / lanes * rows)) folded at grid_x, ceil(n_rows / m_tile), fold)
@@ -31,13 +31,13 @@
 {{ bind("step", "u32") }}
 {{ bind("x", "vec4<u32>" if x_as == "ints" else "vec4<f32>") }}
 {{ bind("norm", "vec4<f32>") if x_as == "norm" }}
-{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg, table) }}
+{{ weight("w", fmt) if x_as == "f32" else weight_ints("w", fmt, wg, table, run) }}
 {{ weight_ints("v", fmt2, wg) if fmt2 }}
 # if out_as == "ints"
 {{ epilogue.keep(bind, act, bias, scale, softcap, out_offset, m_tile, groups * rows) }}
 {{ bind("out", "u32", "read_write") }}
 # else
-{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count) }}
+{{ epilogue.store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, "" if sure else count) }}
 # endif
 
 # if own
@@ -54,9 +54,11 @@ var<workgroup> partial: array<f32, {{ partials * n_acc }}>;
 @compute @workgroup_size({{ wg }})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let m0 = wid.y * {{ m_tile }}u;
+  # if not sure
   if (m0 >= step[{{ count }}]) {
     return;
   }
+  # endif
   let lane = lid % {{ lanes }}u;
   let n0 = ((wid.x + wid.z * {{ grid_x }}u) * {{ groups }}u + lid / {{ lanes }}u) * {{ rows }}u;
   # macro rows_of(first, n)
@@ -96,10 +98,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # else
   # macro fetch(w, at, ragged)
     # for u in range(unroll)
-    let c{{ u }} = {{ at }} + {{ u * lanes }}u;
+    let c{{ u }} = ({{ at }} + {{ u * lanes }}u) * {{ run }}u;
     # for r in range(rows)
     # for part in range(parts)
-    let w{{ u }}_{{ r }}_{{ part }} = {{ w }}_fetch(chunk{{ r }} + {{ part * n * chunks }}u + {{ "min(c%d, %du)" % (u, chunks - 1) if ragged else "c%d" % u }});
+    let w{{ u }}_{{ r }}_{{ part }} = {{ w }}_fetch{{ "_run" if run > 1 }}(chunk{{ r }} + {{ part * n * chunks }}u + {{ "min(c%d, %du)" % (u, chunks - run) if ragged else "c%d" % u }});
     # endfor
     # endfor
     # endfor
@@ -116,16 +118,21 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
   # endmacro
   # macro add(w, ragged)
     # for u in range(unroll)
-{{ activations(0, "c%d" % u, ragged, "x%d" % u) }}
+    # for j in range(run)
+    # set c = "c%d + %du" % (u, j) if j else "c%d" % u
+    # set raw = "[%d]" % j if run > 1 else ""
+{{ activations(0, c, ragged, "x%d_%d" % (u, j)) }}
     # for r in range(rows)
     # for part in range(parts)
-    acc{{ r * parts + part }} = {{ w }}_onto(acc{{ r * parts + part }}, {{ w }}_ints(w{{ u }}_{{ r }}_{{ part }}, chunk{{ r }} + {{ part * n * chunks }}u + c{{ u }}), x{{ u }});
+    acc{{ r * parts + part }} = {{ w }}_onto(acc{{ r * parts + part }}, {{ w }}_ints(w{{ u }}_{{ r }}_{{ part }}{{ raw }}, chunk{{ r }} + {{ part * n * chunks }}u + {{ c }}), x{{ u }}_{{ j }});
+    # endfor
     # endfor
     # endfor
     # endfor
   # endmacro
   # set span = lanes * unroll
-  # set whole = chunks // span
+  # set places = chunks // run
+  # set whole = places // span
   # set row_at = "m0 * %du" % (k // 4)
   # set norm_name = "norm" if x_as == "norm" else ""
   # set once = quantise.batch_of(k, wg, norm_name) | int * wg >= k // 4
@@ -153,7 +160,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
 {{ add(w, false) }}
   }
   # endif
-  # if whole and chunks % span
+  # if whole and places % span
   {
     let c = lane + {{ whole * span }}u;
 {{ fetch(w, "c", true) }}
@@ -327,7 +334,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) n_wg: ve
 {{ quantise.chunk_of_lanes() }}
   let m = m0 + i / {{ each // 4 }}u;
   let quad = (wid.x + wid.z * {{ grid_x }}u) * {{ each // 4 }}u + i % {{ each // 4 }}u;
-  if (lid < {{ quads }}u && quad < {{ n // 4 }}u && m < step[{{ count }}]) {
+  if (lid < {{ quads }}u && quad < {{ n // 4 }}u{{ " && m < step[%d]" % count if not sure }}) {
     let to = m * {{ 3 * n // 8 }}u;
 {{ quantise.put_lane({"name": "out", "to": "to", "k": n}, "quad", "") }}
   }

@@ -1,4 +1,5 @@
-{# What follows a matrix product: out = softcap(scale * (act(first, second) + bias)), added to `out` with residual. #}
+{# What follows a matrix product: out = softcap(scale * (act(first, second) + bias)), added to `out` with residual.
+   `count` is where in the step their number is, or "" if all rows are there. #}
 # import "lib/act.wgsl" as acts
 # macro store(bind, st, n, act, bias, residual, scale, softcap, out_stride, out_offset, count)
 # if bias
@@ -7,7 +8,7 @@
 {{ bind("out", "f32", "read_write") }}
 
 fn store(m: u32, n: u32, first: f32, second: f32) {
-  if (n >= {{ n }}u || m >= step[{{ count }}]) {
+  if (n >= {{ n }}u{{ " || m >= step[%d]" % count if count != "" }}) {
     return;
   }
   let at = m * {{ out_stride }}u + {{ out_offset }}u + n;

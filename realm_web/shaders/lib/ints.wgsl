@@ -84,21 +84,20 @@ fn {{ name }}(w: Ints, x: Activations) -> f32 {
 }
 # endmacro
 
-{# sum + the same. Offset and minimum are products of their own, so that every step is one fused operation. #}
+{# sum + the same, by fused operations; what is of the activations alone is worked out once for all rows of weights. #}
 # macro onto(name, offset, halves, minimum)
 fn {{ name }}(sum: f32, w: Ints, x: Activations) -> f32 {
-# if halves
+# if halves and offset
+  let a = fma(x.d, f32(dot16(w.a, x.a)), {{ -offset }}.0 * x.sums.x);
+  let b = fma(x.d, f32(dot16(w.b, x.b)), {{ -offset }}.0 * x.sums.y);
+  var all = fma(w.s.x, a, fma(w.s.y, b, sum));
+# elif halves
   let dots = fma(w.s.y, f32(dot16(w.b, x.b)), w.s.x * f32(dot16(w.a, x.a)));
   var all = fma(x.d, dots, sum);
-# if offset
-  all = fma({{ -offset }}.0 * w.s.x, x.sums.x, all);
-  all = fma({{ -offset }}.0 * w.s.y, x.sums.y, all);
-# endif
+# elif offset
+  var all = fma(w.s.x, fma(x.d, f32(dot16(w.a, x.a) + dot16(w.b, x.b)), {{ -offset }}.0 * x.total), sum);
 # else
   var all = fma(w.s.x, x.d * f32(dot16(w.a, x.a) + dot16(w.b, x.b)), sum);
-# if offset
-  all = fma({{ -offset }}.0 * w.s.x, x.total, all);
-# endif
 # endif
 # if minimum == "halves"
   all = fma(-w.m.x, x.sums.x, all);

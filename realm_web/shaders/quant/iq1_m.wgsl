@@ -3,26 +3,18 @@
    a half per chunk: the high bit of row 2, row 3, a bit per row: 1 where delta is up; t the grid.
    weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 9, true, none
 # set table = true
-# macro ints(w, bind, wg, room)
-{{ bind(w ~ "_q", "u32") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "u32", run) }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
-{{ grid.rows(w, "u32", 2048, wg, room) }}
+{{ grid.rows(w, "u32", 2048, wg, room, run) }}
 
-struct {{ w }}_Raw {
-  q: u32,
-  d: u32,
-  low: u32,
-  h: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  let at = (c >> 3u) * 6u;
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at], {{ w }}_s[at + 1u], {{ w }}_s[at + 2u + ((c & 7u) >> 1u)]);
-}
+{{ runs.fetch(w, "u32", run, {"d": w ~ "_s[(c >> 3u) * 6u]", "low": w ~ "_s[(c >> 3u) * 6u + 1u]", "h": w ~ "_s[(c >> 3u) * 6u + 2u + ((c & 7u) >> 1u)]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let j = c & 7u;
@@ -30,12 +22,12 @@ fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let low = (raw.low >> (4u * j)) << 1u;
   let high = raw.d >> (13u + 2u * j);
   let scales = (vec2<u32>(low, low >> 2u) & vec2<u32>(6u)) | (vec2<u32>(high, high >> 1u) & vec2<u32>(8u));
-  let scale = unpack2x16float(raw.d).x * (vec2<f32>(scales) + 1.0);
+  let scale = unpack2x16float(raw.d).x * fma(vec2<f32>(scales), vec2<f32>(0.125), vec2<f32>(0.125));
   # for g in range(4)
   let n{{ g }} = ((h >> {{ 12 + g }}u) & 1u) * 0x02020202u;
   # endfor
 {{ grid.four_of_iq1(w) }}
-  return Ints({{ grid.rows_of_iq1(0, "n0", "n1") }}, {{ grid.rows_of_iq1(2, "n2", "n3") }}, 0.125 * scale, vec2<f32>());
+  return Ints({{ grid.rows_of_iq1(0, "n0", "n1") }}, {{ grid.rows_of_iq1(2, "n2", "n3") }}, scale, vec2<f32>());
 }
 # endmacro
 

@@ -2,31 +2,25 @@
    chunk: the high bit of row 2, row 3, 3 bits scale, 1 where delta is up; t the grid.
    weight = d * (2 * scale + 1) * (row + delta). #}
 # import "quant/lib_grid.wgsl" as grid
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 9, false, none
 # set table = true
-# macro ints(w, bind, wg, room)
-{{ bind(w ~ "_q", "u32") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "u32", run) }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "u32") }}
 
-{{ grid.rows(w, "u32", 2048, wg, room) }}
+{{ grid.rows(w, "u32", 2048, wg, room, run) }}
 
-struct {{ w }}_Raw {
-  q: u32,
-  d: u32,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
-}
+{{ runs.fetch(w, "u32", run, {"d": w ~ "_s[(c >> 3u) * 5u]", "s": w ~ "_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let h = raw.s >> (16u * (c & 1u));
-  let scale = unpack2x16float(raw.d).x * (f32((h >> 11u) & 14u) + 1.0);
+  let scale = unpack2x16float(raw.d).x * fma(f32((h >> 11u) & 14u), 0.125, 0.125);
   let n = ((h >> 15u) & 1u) * 0x02020202u;
 {{ grid.four_of_iq1(w) }}
-  return Ints({{ grid.rows_of_iq1(0, "n") }}, {{ grid.rows_of_iq1(2, "n") }}, vec2<f32>(0.125 * scale), vec2<f32>());
+  return Ints({{ grid.rows_of_iq1(0, "n") }}, {{ grid.rows_of_iq1(2, "n") }}, vec2<f32>(scale), vec2<f32>());
 }
 # endmacro
 

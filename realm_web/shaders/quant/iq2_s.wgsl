@@ -2,29 +2,23 @@
    chunk: 4 times 2 high bits of the indices, scales as IQ2_XS; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 0, true, none
 # set table = true
-# macro ints(w, bind, wg, room)
-{{ bind(w ~ "_q", "vec2<u32>") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "vec2<u32>", run) }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.rows(w, "vec2<u32>", 1024, wg, room) }}
+{{ grid.rows(w, "vec2<u32>", 1024, wg, room, run) }}
 {{ grid.signed(w) }}
 
-struct {{ w }}_Raw {
-  q: vec2<u32>,
-  d: u32,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 5u], {{ w }}_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]);
-}
+{{ runs.fetch(w, "vec2<u32>", run, {"d": w ~ "_s[(c >> 3u) * 5u]", "s": w ~ "_s[(c >> 3u) * 5u + 1u + ((c & 7u) >> 1u)]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let h = raw.s >> (16u * (c & 1u));
-  let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(h >> 8u, h >> 12u) & vec2<u32>(15u))) * 0.25;
+  let d = unpack2x16float(raw.d).x * fma(vec2<f32>(vec2<u32>(h >> 8u, h >> 12u) & vec2<u32>(15u)), vec2<f32>(0.25), vec2<f32>(0.125));
   # for g in range(4)
   let t{{ g }} = {{ w }}_at(((raw.q.x >> {{ 8 * g }}u) & 255u) | (((h >> {{ 2 * g }}u) & 3u) << 8u), c);
   # endfor

@@ -3,31 +3,23 @@
    weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 0, true, none
 # set table = true
-# macro ints(w, bind, wg, room)
-{{ bind(w ~ "_q", "vec2<u32>") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "vec2<u32>", run) }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.rows(w, "vec2<u32>", 512, wg, room) }}
+{{ grid.rows(w, "vec2<u32>", 512, wg, room, run) }}
 {{ grid.signed(w) }}
 
-struct {{ w }}_Raw {
-  q: vec2<u32>,
-  d: u32,
-  high: u32,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  let at = (c >> 3u) * 4u;
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[at], {{ w }}_s[at + 1u], {{ w }}_s[at + 2u + ((c & 7u) >> 2u)]);
-}
+{{ runs.fetch(w, "vec2<u32>", run, {"d": w ~ "_s[(c >> 3u) * 4u]", "high": w ~ "_s[(c >> 3u) * 4u + 1u]", "s": w ~ "_s[(c >> 3u) * 4u + 2u + ((c & 7u) >> 2u)]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let scales = raw.s >> (8u * (c & 3u));
-  let d = unpack2x16float(raw.d).x * (0.5 + vec2<f32>(vec2<u32>(scales, scales >> 4u) & vec2<u32>(15u))) * 0.25;
+  let d = unpack2x16float(raw.d).x * fma(vec2<f32>(vec2<u32>(scales, scales >> 4u) & vec2<u32>(15u)), vec2<f32>(0.25), vec2<f32>(0.125));
   let high = raw.high >> (4u * (c & 7u));
   # for g in range(4)
   let t{{ g }} = {{ w }}_at(((raw.q.x >> {{ 8 * g }}u) & 255u) | (((high >> {{ g }}u) & 1u) << 8u), c);

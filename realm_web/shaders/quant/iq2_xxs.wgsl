@@ -2,28 +2,22 @@
    scale; t the grid. weight = d * (scale + 1/2) / 4 * row, signed. #}
 # import "quant/lib_bits.wgsl" as bits
 # import "quant/lib_grid.wgsl" as grid
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 0, false, none
 # set table = true
-# macro ints(w, bind, wg, room)
-{{ bind(w ~ "_q", "vec2<u32>") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "vec2<u32>", run) }}
 {{ bind(w ~ "_s", "u32") }}
 {{ bind(w ~ "_t", "vec2<u32>") }}
 
-{{ grid.rows(w, "vec2<u32>", 256, wg, room) }}
+{{ grid.rows(w, "vec2<u32>", 256, wg, room, run) }}
 {{ grid.signed(w) }}
 
-struct {{ w }}_Raw {
-  q: vec2<u32>,
-  d: u32,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[(c >> 3u) * 2u], {{ w }}_s[(c >> 3u) * 2u + 1u]);
-}
+{{ runs.fetch(w, "vec2<u32>", run, {"d": w ~ "_s[(c >> 3u) * 2u]", "s": w ~ "_s[(c >> 3u) * 2u + 1u]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let d = unpack2x16float(raw.d).x * (0.5 + f32((raw.s >> (4u * (c & 7u))) & 15u)) * 0.25;
+  let d = unpack2x16float(raw.d).x * fma(f32((raw.s >> (4u * (c & 7u))) & 15u), 0.25, 0.125);
   # for g in range(4)
   let t{{ g }} = {{ w }}_at((raw.q.x >> {{ 8 * g }}u) & 255u, c);
   # endfor

@@ -10,7 +10,7 @@
 {{ bind(w ~ "_t", "u32") }}
 
 {{ grid.rows(w, "u32", 512, wg, room) }}
-{{ grid.signed(w) }}
+{{ grid.signed(w, odd=true) }}
 
 struct {{ w }}_Raw {
   q: vec2<u32>,

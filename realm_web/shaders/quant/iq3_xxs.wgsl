@@ -25,7 +25,7 @@ fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
 }
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
-  let d = unpack2x16float(raw.d).x * (0.5 + f32((raw.scales >> (4u * (c & 7u))) & 15u)) * 0.5;
+  let d = unpack2x16float(raw.d).x * fma(f32((raw.scales >> (4u * (c & 7u))) & 15u), 0.5, 0.25);
   # for g in range(8)
   let t{{ g }} = {{ w }}_at((raw.q.{{ "xy"[g // 4] }} >> {{ 8 * (g % 4) }}u) & 255u, c);
   # endfor

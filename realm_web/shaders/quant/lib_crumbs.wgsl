@@ -1,4 +1,5 @@
 {# Crumbs (codes of two bits): byte b of word w holds weight 16w + 4k + b at bit 2k. #}
+# import "quant/lib_run.wgsl" as runs
 
 {# The codes of a half (0 or 1) of a chunk, one to a byte at bit `to` of it: a vec2 of crumbs to a vec4. #}
 # macro sixteen(q, half, to=0)
@@ -13,18 +14,11 @@
 
 {# The weights of a format that has nothing but crumbs and an f16 scale for so many chunks: weight = d * (code - 1). A code is
    taken 32 times, as most of them then go left: left shifts and masks run on different units of a GPU. The offset is 32. #}
-# macro one_scale(w, bind, chunks)
-{{ bind(w ~ "_q", "vec2<u32>") }}
+# macro one_scale(w, bind, chunks, run)
+{{ runs.codes(w, bind, "vec2<u32>", run) }}
 {{ bind(w ~ "_s", "u32") }}
 
-struct {{ w }}_Raw {
-  q: vec2<u32>,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c / {{ chunks }}u]);
-}
+{{ runs.fetch(w, "vec2<u32>", run, {"s": "%s_s[c / %du]" % (w, chunks)}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let scale = 0.03125 * unpack2x16float(raw.s).x;

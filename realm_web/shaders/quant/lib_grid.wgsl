@@ -2,13 +2,13 @@
 # import "quant/lib_table.wgsl" as table
 
 {# {w}_at(i, c): row i of the grid's n, for chunk c: with `wg` from workgroup memory, which {w}_prepare fills with wg threads. #}
-# macro rows(w, type, n, wg, room)
+# macro rows(w, type, n, wg, room, run=1)
 # if wg
 fn {{ w }}_row(i: u32) -> {{ type }} {
   return {{ w }}_t[i];
 }
 
-{{ table.rows(w, type, n, wg, room) }}
+{{ table.rows(w, type, n, wg, room, run) }}
 # else
 fn {{ w }}_at(i: u32, c: u32) -> {{ type }} {
   return {{ w }}_t[i];
@@ -16,11 +16,12 @@ fn {{ w }}_at(i: u32, c: u32) -> {{ type }} {
 # endif
 # endmacro
 
-{# Four magnitudes, not 0, with signs (1: negative) at the lowest bits of s' bytes: complement and add one, byte by byte. #}
-# macro signed(w)
+{# Four magnitudes, not 0, with signs (1: negative) at the lowest bits of s' bytes: complement and add one, byte by byte. What
+   is `odd` is even then, and has its 1 back if its lowest bit is not complemented. #}
+# macro signed(w, odd=false)
 fn {{ w }}_signed(v: u32, s: u32) -> u32 {
   let negative = s & 0x01010101u;
-  return (v ^ (negative * 255u)) + negative;
+  return {{ "v ^ (negative * 254u)" if odd else "(v ^ (negative * 255u)) + negative" }};
 }
 # endmacro
 

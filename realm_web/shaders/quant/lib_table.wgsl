@@ -12,8 +12,9 @@
 {{ ns.copies }}
 # endmacro
 
-{# {w}_rows, which {w}_prepare fills with wg threads from {w}_row(i), and {w}_at(i, c), row i for the lane of chunk c. #}
-# macro rows(w, type, n, wg, room)
+{# {w}_rows, which {w}_prepare fills with wg threads from {w}_row(i), and {w}_at(i, c), row i for the lane of chunk c,
+   if neighbouring lanes have neighbouring runs of `run` chunks. #}
+# macro rows(w, type, n, wg, room, run=1)
 # set size = 8 if type == "vec2<u32>" else 4
 # set copies = copies(n, size, room) | int
 # set ns = namespace(threads=1)
@@ -60,6 +61,6 @@ fn {{ w }}_prepare(lid: u32) {
 }
 
 fn {{ w }}_at(i: u32, c: u32) -> {{ type }} {
-  return {{ w }}_rows[{{ "(i * %du) | (c %% %du)" % (copies, copies) if copies > 1 else "i" }}];
+  return {{ w }}_rows[{{ "(i * %du) | (c / %du %% %du)" % (copies, run, copies) if copies > 1 else "i" }}];
 }
 # endmacro

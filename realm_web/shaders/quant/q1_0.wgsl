@@ -1,19 +1,14 @@
 {# Q1_0: q holds lanes (byte b: weight 4i + b at bit i), s the f16 d of a 128-block: weight = bit ? d : -d. A bit is taken
    64 times, as most of them then go left: left shifts and masks run on different units of a GPU. #}
 # import "quant/lib_bits.wgsl" as bits
+# import "quant/lib_run.wgsl" as runs
+# set run = 2
 # set offset, halves, minimum = 32, false, none
-# macro ints(w, bind)
-{{ bind(w ~ "_q", "u32") }}
+# macro ints(w, bind, wg, room, run)
+{{ runs.codes(w, bind, "u32", run) }}
 {{ bind(w ~ "_s", "u32") }}
 
-struct {{ w }}_Raw {
-  q: u32,
-  s: u32,
-}
-
-fn {{ w }}_fetch(c: u32) -> {{ w }}_Raw {
-  return {{ w }}_Raw({{ w }}_q[c], {{ w }}_s[c >> 2u]);
-}
+{{ runs.fetch(w, "u32", run, {"s": w ~ "_s[c >> 2u]"}) }}
 
 fn {{ w }}_ints(raw: {{ w }}_Raw, c: u32) -> Ints {
   let scale = 0.03125 * unpack2x16float(raw.s).x;

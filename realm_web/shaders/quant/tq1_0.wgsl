@@ -1,8 +1,9 @@
 {# TQ1_0: packed as TQ2_0, which is a quarter more memory than five base-3 digits to a byte, and no arithmetic. #}
 # import "quant/lib_crumbs.wgsl" as crumb
+# set run = 2
 # set offset, halves, minimum = 32, false, none
-# macro ints(w, bind)
-{{ crumb.one_scale(w, bind, 8) }}
+# macro ints(w, bind, wg, room, run)
+{{ crumb.one_scale(w, bind, 8, run) }}
 # endmacro
 
 # macro repack(bind)

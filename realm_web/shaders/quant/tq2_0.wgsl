@@ -1,8 +1,9 @@
 {# TQ2_0: q holds crumbs, s the f16 d of a 256-block: weight = d * (code - 1). #}
 # import "quant/lib_crumbs.wgsl" as crumb
+# set run = 2
 # set offset, halves, minimum = 32, false, none
-# macro ints(w, bind)
-{{ crumb.one_scale(w, bind, 8) }}
+# macro ints(w, bind, wg, room, run)
+{{ crumb.one_scale(w, bind, 8, run) }}
 # endmacro
 
 # macro repack(bind)

@@ -161,8 +161,9 @@ def row_cases(n_heads, n_kv, hd, splits, seqs, more, subgroup) -> Iterator[Case]
     consts = {
         "n_heads": n_heads, "n_kv": n_kv, "head_dim": hd, "block_size": SIZE, "scale": hd**-0.5,
         "window": 0, "softcap": 0.0, "ring": 0, "kv": "f16", "fused": fused, "rows": "all",
-        "splits": splits, "share": 2 * SIZE, "to_bytes": False, "nq": n_heads // n_kv, "wg": 64, "lanes": 8,
-        "batch": 2, "room": 1024, "subgroup": subgroup, "st": ST, **more,
+        "splits": splits, "share": 2 * SIZE, "sure": n_rows == 1, "to_bytes": False,
+        "nq": n_heads // n_kv, "wg": 64, "lanes": 8, "batch": 2, "room": 1024,
+        "subgroup": subgroup, "st": ST, **more,
     }  # fmt: skip
     consts |= {"sinks": "sinks" in more and splits == 1}
     if fused:
@@ -246,8 +247,8 @@ def merge_cases() -> Iterator[Case]:
         n_rows = sum(n for _, n in seqs)
         consts = {
             "n_heads": 4, "head_dim": hd, "block_size": SIZE, "window": 0, "rows": "all", "qt": 1,
-            "skip": False, "splits": splits, "share": SIZE, "sinks": False, "to_bytes": False, "wg": 128,
-            "st": ST, **more,
+            "skip": False, "splits": splits, "share": SIZE, "sinks": False, "sure": n_rows == 1,
+            "to_bytes": False, "wg": 128, "st": ST, **more,
         }  # fmt: skip
 
         def tensors(rng, consts=consts, splits=splits, hd=hd, seqs=seqs, n_rows=n_rows):

@@ -170,7 +170,7 @@ def test_variants_keep_to_the_memory_of_a_workgroup(subgroup, max_shared, is_cpu
         rows = row_shape(device, group, head_dim)
         fused = {"rot_dim": head_dim, "neox": True, "magnitude": 1.0, "norm": True, "eps": EPS}
         consts = {**common, **fused, **rows, "fused": True, "rows": "all", "splits": 4, "share": 64}
-        consts |= {"to_bytes": True}
+        consts |= {"sure": False, "to_bytes": True}
         assert workgroup_bytes("attention", consts) <= max_shared, (head_dim, group, rows)
         tile = tile_shape(device, head_dim)
         nq = divisor(group, tile["tm"] * tile["mr"])

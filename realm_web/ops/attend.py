@@ -144,6 +144,7 @@ def _rows(
         share *= 2
     splits = min(MAX_SPLITS, -(-span // share))
     grid = (grid_rows, n_heads // shape["nq"])
+    consts["sure"] = r.n_rows == 1
     _whole(r, "attention", (*given, pages.k, pages.v), out, sinks, consts | shape, grid, splits, share, n, 1)
 
 
@@ -177,8 +178,8 @@ def _whole(
     merge = r.device.kernel(
         "attention_merge", n_heads=n_heads, head_dim=head_dim, block_size=consts["block_size"],
         window=consts["window"], rows=consts.get("rows", "tiles"), qt=qt, skip=consts.get("skip", False),
-        splits=splits, share=share, sinks=bool(extra), to_bytes=consts.get("to_bytes", False), wg=256,
-        st=r.layout,
+        splits=splits, share=share, sinks=bool(extra), sure=consts.get("sure", False), wg=256,
+        to_bytes=consts.get("to_bytes", False), st=r.layout,
     )  # fmt: skip
     r.add(merge, (r.step, parts, *extra, out), (n_heads, grid[0] * qt))
 

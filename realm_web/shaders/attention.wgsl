@@ -14,9 +14,9 @@
 // `rows`: "all" rows of the step, or the "single" ones, which are tiles of one row (`attention_tiles` has the others).
 // `window`: a row sees so many positions up to its own (0: all).  `softcap`: scores become tanh(s / softcap) * softcap.
 // `share`: the least that a split takes, a multiple of block_size.  `room`: values of workgroup memory for the last sums.
-// `batch` divides block_size.
+// `batch` divides block_size.  `sure`: there is one row, whatever the step says.
 // constants: n_heads, n_kv, head_dim, kv, block_size, scale, softcap, window, ring, sinks, fused, [norm, eps, rot_dim, neox,
-// magnitude,] rows, splits, share, to_bytes, nq, wg, lanes, batch, room, subgroup, st
+// magnitude,] rows, splits, share, sure, to_bytes, nq, wg, lanes, batch, room, subgroup, st
 // grid: (rows or tiles, n_heads / nq, splits)
 # import "lib/pages.wgsl" as pages
 # import "lib/quantise.wgsl" as quantise
@@ -123,9 +123,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let row = tile & 0xffffu;
   # else
   let row = wid.x;
+  # if not sure
   if (row >= step[{{ st.N_ROWS }}]) {
     return;
   }
+  # endif
   # endif
   let seq = step[{{ st.row_seqs }}u + row];
   let table = {{ pages.table_of("seq", ring, st) }};

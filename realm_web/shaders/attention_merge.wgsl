@@ -3,7 +3,7 @@
 // [sinks (n_heads,) f32];  out (n_rows, n_heads * head_dim) f32.  With `to_bytes` out is rows of
 // lib/ints.wgsl: takes subgroups of 8 or more and heads of whole chunks.
 // The constants are as there, `rows` can be "tiles", too.  qt: 1 but for "tiles".  wg: at least head_dim / 4 and splits.
-// constants: n_heads, head_dim, block_size, window, rows, qt, skip, splits, share, sinks, to_bytes, wg, st
+// constants: n_heads, head_dim, block_size, window, rows, qt, skip, splits, share, sinks, sure, to_bytes, wg, st
 // grid: (n_heads, rows or tiles * qt, 1)
 # import "lib/quantise.wgsl" as quantise
 # set quads = head_dim // 4
@@ -44,6 +44,20 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let row = wid.y;
   let row0 = row;
   let count = 1u;
+  # endif
+  # if rows == "single"
+  let base = (step[{{ st.row_seqs }}u + row] * {{ n_heads }}u + wid.x) * {{ splits * (quads + 1) }}u;
+  # else
+  let base = (row * {{ n_heads }}u + wid.x) * {{ splits * (quads + 1) }}u;
+  # endif
+  let quad = lid % {{ quads }}u;
+  let way = lid / {{ quads }}u;
+  // loads of all splits, before it is known how many there are
+  # for i in range(each)
+  let part{{ i }} = parts[base + min(way + {{ i * ways }}u, {{ splits - 1 }}u) * {{ quads + 1 }}u + quad];
+  # endfor
+  let of_split = parts[base + min(lid, {{ splits - 1 }}u) * {{ quads + 1 }}u + {{ quads }}u].xy;
+  # if rows == "all" and not sure
   if (row >= step[{{ st.N_ROWS }}]) {
     return;
   }
@@ -58,18 +72,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   let share = max({{ share }}u, (end - start + {{ splits * block_size - 1 }}u) / {{ splits * block_size }}u * {{ block_size }}u);
   let last = (end - start - 1u) / share;
   let head = row * {{ n_heads }}u + wid.x;
-  # if rows == "single"
-  let base = (step[{{ st.row_seqs }}u + row] * {{ n_heads }}u + wid.x) * {{ splits * (quads + 1) }}u;
-  # else
-  let base = head * {{ splits * (quads + 1) }}u;
-  # endif
-  let quad = lid % {{ quads }}u;
-  let way = lid / {{ quads }}u;
-  # for i in range(each)
-  let part{{ i }} = parts[base + min(way + {{ i * ways }}u, last) * {{ quads + 1 }}u + quad];
-  # endfor
   if (lid < {{ splits }}u) {
-    let of_split = parts[base + min(lid, last) * {{ quads + 1 }}u + {{ quads }}u].xy;
     stats[lid] = select(vec2<f32>(-1e30, 0.0), of_split, lid <= last);
   }
   workgroupBarrier();

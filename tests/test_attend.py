@@ -80,7 +80,10 @@ def test_rows_attend_to_what_their_sequences_have_in_the_pages(device, step, win
     words = step_words(seqs, rng=rng, qt=qt, st=LAYOUT)
     tables = words[LAYOUT.tables :][: 4 * 80].reshape(4, 80)
     qkv, norms = normal(rng, bucket, N_HEADS + 2 * N_KV, HEAD_DIM), normal(rng, 2, HEAD_DIM)
-    old = normal(rng, 2, 320, N_KV, SIZE, HEAD_DIM)
+    old = np.full((2, 320, N_KV, SIZE, HEAD_DIM), np.nan, np.float32)  # what others may have left there
+    for table, (first, _) in zip(tables, seqs, strict=False):
+        for p in range(first):
+            old[:, table[p // SIZE], :, p % SIZE] = normal(rng, 2, N_KV, HEAD_DIM)
     sinks = normal(rng, N_HEADS)
 
     buffer = device.alloc(4 * LAYOUT.n_words, "step")

@@ -21,7 +21,7 @@ from typing import Protocol
 from realm_web.errors import FormatError
 from realm_web.ops import MATVEC_ROWS, Activations, Recorder, linear, makes_bytes
 from realm_web.ops.matrices import Matvec, Shape, default_matvec, memory_for, shape_of, staged_bytes
-from realm_web.quants import activation_words
+from realm_web.quants import RUN_FORMATS, activation_words
 from realm_web.runtime import profiler
 from realm_web.runtime.device import Device, Program
 from realm_web.runtime.template import SHADERS
@@ -143,19 +143,31 @@ def products(matrices: Iterable[tuple[Weight, str, str]]) -> list[Product]:
 
 def candidates(default: Matvec, shape: Shape, largest: int, room: int) -> tuple[Matvec, ...]:
     """The default, then what could be faster in workgroups of `largest` threads, `room` bytes, at most."""
-    tried = _of_several(default, shape) if shape.m_tile > 1 else _of_one(default, shape)
+    tried = _of_several(default, shape) if shape.m_tile > 1 else _of_one(default, shape, largest)
     found = dict.fromkeys(v for v in tried if v.wg <= largest and _sensible(v, shape, room))
     found.pop(default, None)
     return default, *found
 
 
-def _of_one(default: Matvec, shape: Shape) -> Iterator[Matvec]:
-    size = default.subgroup or 16
-    for wg in (256, 512) if shape.fills_memory or shape.to_bytes else (256,):
+def _of_one(default: Matvec, shape: Shape, largest: int) -> Iterator[Matvec]:
+    size, most = default.subgroup or 16, min(largest, 1024 if shape.has_table else 512)
+    for wg in (most // 2, most) if shape.fills_memory or shape.to_bytes else (256,):
         for lanes in (size, 2 * size, 4 * size):
             for rows in (1, 2, 4):
                 for unroll in (1, 2):
                     yield replace(default, lanes=lanes, rows=rows, unroll=unroll, wg=wg)
+    if shape.fmt in RUN_FORMATS and not shape.second:
+        yield from _of_small(default)
+
+
+def _of_small(default: Matvec) -> Iterator[Matvec]:
+    """Of chunks of few bytes, of which many have to be under way: what was fastest on an NVIDIA H200."""
+    size = default.subgroup or 16
+    for subgroups, rows, wg, unroll, run in (
+        (2, 2, 1024, 4, 1), (4, 4, 512, 2, 1), (2, 1, 512, 4, 1), (2, 2, 1024, 2, 1), (2, 2, 512, 4, 1),
+        (2, 2, 1024, 2, 2), (4, 4, 512, 1, 2), (2, 4, 512, 1, 2), (2, 2, 512, 2, 2), (2, 2, 1024, 1, 2),
+    ):  # fmt: skip
+        yield replace(default, lanes=subgroups * size, rows=rows, wg=wg, unroll=unroll, run=run)
 
 
 def _of_several(default: Matvec, shape: Shape) -> Iterator[Matvec]:

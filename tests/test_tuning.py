@@ -11,7 +11,7 @@ from realm_web import tuning
 from realm_web.__main__ import main
 from realm_web.errors import FormatError
 from realm_web.ops.matrices import Matvec, Shape, choose_matvec
-from realm_web.quants import FORMATS
+from realm_web.quants import FORMATS, RUN_FORMATS
 from realm_web.runtime import adapters
 from realm_web.runtime.adapters import open_device
 from realm_web.tensor import Weight
@@ -66,6 +66,16 @@ def test_candidates_begin_with_the_default_and_are_all_different():
                 assert all(v.wg // v.lanes * v.rows % 32 == 0 for v in found[1:] if of.to_bytes)
                 assert all(48 * v.m_tile * v.lanes * v.stage <= 28 << 10 for v in found)
                 assert 2 <= len(found) <= (40 if m == 1 else 13)
+
+
+@pytest.mark.parametrize("fmt", ["Q1_0", "IQ1_S", "IQ4_XS"])
+def test_formats_that_need_large_workgroups_have_few_candidates_too(fmt):
+    for own in (False, True):
+        of = Shape(fmt, 4096, 14336, 1, False, own)
+        found = tuning.candidates(replace(DEFAULT, unroll=1), of, 1024, 28 << 10)
+        assert len(set(found)) == len(found) <= 48
+        assert {v.run for v in found} == ({1, 2} if fmt in RUN_FORMATS else {1})
+        assert {v.run for v in tuning.candidates(DEFAULT, replace(of, second="Q8_0"), 1024, 28 << 10)} == {1}
 
 
 def test_choices_survive_being_written_down():

@@ -9,7 +9,7 @@ from realm_web import grids
 from realm_web.ops import matmuls
 from realm_web.ops.activations import Activations
 from realm_web.ops.recorder import Recorder
-from realm_web.quants import FORMATS, QuantFormat
+from realm_web.quants import FORMATS, RUN_FORMATS, QuantFormat
 from realm_web.runtime.device import Device
 from realm_web.tensor import Tensor, Weight
 
@@ -61,9 +61,14 @@ class Shape:
         return replace(self, second=second.fmt.name, n=self.n + second.n)
 
     @property
+    def has_table(self) -> bool:
+        """Whether workgroups hold a table of the format."""
+        return FORMATS[self.fmt].has_table
+
+    @property
     def fills_memory(self) -> bool:
-        """Whether workgroups make activations, or hold a table of the format."""
-        return self.own or FORMATS[self.fmt].has_table
+        """Whether they hold that, or make activations."""
+        return self.own or self.has_table
 
     @property
     def m_tile(self) -> int:
@@ -109,9 +114,9 @@ def _default_ints(device: Device, shape: Shape, size: int) -> Matvec:
     if shape.to_bytes:
         return Matvec(size, max(1, 32 * size // most), most, 1, subgroup)
     if not shape.fills_memory:
-        return Matvec(lanes, 1, most, 1, subgroup)
-    if not shape.own:
-        return Matvec(lanes, 4, 256, 1, subgroup)
+        return Matvec(lanes, 1, most, 1, subgroup, unroll=2 if shape.fmt in RUN_FORMATS else 1)
+    if not shape.own:  # copies of a table: room for as many as the workgroup has threads for
+        return Matvec(lanes, 2, min(1024, device.limits.max_invocations), 1, subgroup, unroll=2)
     if shape.k < 1024:
         return Matvec(max(size // 2, 1), 1 + shape.act, min(128, most), 1, subgroup)
     if shape.k >= 8192:
@@ -151,7 +156,7 @@ def memory_for(device: Device, fmt: str) -> int:
 
 def table_room(device: Device, shape: Shape, v: Matvec) -> int:
     """Bytes of workgroup memory for copies of the table: large workgroups are few and can have more."""
-    if not FORMATS[shape.fmt].has_table or device.info.is_cpu:
+    if not shape.has_table or device.info.is_cpu:
         return 0
     taken = _own_bytes(shape.k) if shape.own else staged_bytes(v.lanes, v.m_tile) if v.stage else 0
     return max(0, min(32 * v.wg, device.limits.max_shared - 4096 - taken))

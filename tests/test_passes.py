@@ -4,12 +4,13 @@ import asyncio
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import tiny
 from probe import greedy, last_logits
 
 from realm_web import ops
 from realm_web.engine import Engine
-from realm_web.ops import matmuls
+from realm_web.ops import attend, matmuls
 from realm_web.runner import Bucket
 
 PROMPT = list(range(5, 45))
@@ -41,14 +42,16 @@ def test_sums_of_shares_make_the_next_products_bytes(tmp_path, monkeypatch):
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()  # a byte may be rounded the other way
 
 
-def test_attention_of_a_few_rows_makes_the_output_products_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_attention_of_a_few_rows_makes_the_output_products_bytes(tmp_path, monkeypatch, n_rows):
     model = tiny.write_tiny(tmp_path / "tiny.gguf", dim=256, ffn=256, quant="Q4_K")
-    together, labels = asyncio.run(run(model.path, PROMPT[:6]))
-    assert labels.count("quantise hidden") == 2
+    monkeypatch.setattr(attend, "LONG", 256)
+    together, labels = asyncio.run(run(model.path, PROMPT[:n_rows]))
     assert "quantise attended" not in labels
-    monkeypatch.setattr(ops, "attends_to_bytes", lambda r, head_dim: False)
-    apart, others = asyncio.run(run(model.path, PROMPT[:6]))
-    assert others.count("quantise attended") == 2
+    monkeypatch.setattr(ops, "attends_to_bytes", lambda *given: False)
+    apart, others = asyncio.run(run(model.path, PROMPT[:n_rows]))
+    assert others.count("quantise attended") == (2 if n_rows > 1 else 0)  # one row: by the product
+    assert len(others) == len(labels) + others.count("quantise attended")
     assert np.abs(together - apart).max() < 1e-2 * np.abs(apart).max()
 
 

@@ -152,7 +152,10 @@ class Transformer:
         for layer in self.layers:
             mixer, ffn = layer.mixer, layer.ffn
             first = mixer.in_proj if isinstance(mixer, ShortConv) else mixer.qkv
-            linears = [(first, "", before), (mixer.output, "", "plain")]
+            k = mixer.output.weights[0][0].k
+            attends = isinstance(mixer, Attention)
+            made = attends and ops.attends_to_bytes(self._device, 1, k, self.config.head_dim)
+            linears = [(first, "", before), (mixer.output, "", "bytes" if made else "plain")]
             if isinstance(ffn, FeedForward):
                 linears.append((ffn.gate_up, self.config.arch.act if ffn.fused_act else "", before))
                 linears.append((ffn.down, "", "bytes" if ffn.fused_act else "plain"))
@@ -219,7 +222,8 @@ class Transformer:
         elif attention.qk_norm:
             ops.qk_norm(r, qkv, *attention.qk_norm, c.norm_eps)
         n, k = r.n_rows, n_heads * c.head_dim
-        to_bytes = attention.output.form(r) == "bytes" and ops.attends_to_bytes(r, c.head_dim)
+        to_bytes = r.qt == 1 and attention.output.form(r) == "bytes"
+        to_bytes = to_bytes and ops.attends_to_bytes(r.device, n, k, c.head_dim)
         out = r.scratch("attended", n, activation_words(k) if to_bytes else k)
         ops.attention(
             r, qkv, rope, pages, out, n_heads=n_heads, scale=c.attention_scale, norm=norm, window=kind.window,

@@ -18,6 +18,7 @@ BUSY = 16  # workgroups from which on splits take more than the least
 LEAST_SHARE, MOST_SHARE = 64, 1024  # tokens of a split
 TILE_SHARE = 128  # and of one of tiles
 TILE_WORKGROUPS = 256  # that tiles are split into, if there are fewer
+LONG = 2048  # values of a row that attention brings into bytes even if it is alone
 ROOM = 4096  # values of workgroup memory that the last sums of a row may take
 
 
@@ -118,12 +119,12 @@ def attention(
         _rows(r, (r.step, q), pages, out, sinks, consts)
 
 
-def attends_to_bytes(r: Recorder, head_dim: int) -> bool:
-    """Whether what is attended to can come as bytes: of rows, not tiles; and by neighbours in a subgroup.
+def attends_to_bytes(device: Device, n_rows: int, k: int, head_dim: int) -> bool:
+    """Whether rows of k values, not tiles, come as bytes, which neighbours in a subgroup make together.
 
-    Not of one row, which the output product brings into bytes itself.
+    One row that is short is left to the output product.
     """
-    return r.n_rows > 1 and r.qt == 1 and head_dim % 32 == 0 and 8 <= r.device.subgroup_size <= 64
+    return (n_rows > 1 or k >= LONG) and head_dim % 32 == 0 and 8 <= device.subgroup_size <= 64
 
 
 def _rows(

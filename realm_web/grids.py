@@ -32,11 +32,6 @@ class Grid:
     values: tuple[int, ...]
     members: str
 
-    @property
-    def wgsl_type(self) -> str:
-        """A row of the table on the device."""
-        return "vec2<u32>" if self.length == 8 else "u32"
-
 
 @cache
 def rows(name: str) -> bytes:

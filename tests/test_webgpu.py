@@ -57,6 +57,22 @@ def test_the_stock_of_the_least_recently_used_program_is_dropped(tiny_path):
     assert run_engine(tiny_path, "webgpu", work) == [0] + [AHEAD] * HOT
 
 
+def test_two_programs_that_take_turns_get_a_stock_each(tiny_path):
+    from realm_web.runtime.webgpu_replay import AHEAD
+
+    async def work(engine):
+        device = engine.device
+        buffer = device.alloc(256, "probe")
+        programs = [device.program(f"copy {i}") for i in range(5)]
+        for program in programs:
+            program.readback = device.view(buffer)
+        for program in [*programs, *programs, *programs[:2] * 2]:
+            await device.submit(program)
+        return [program.replay.n_ordered for program in programs]
+
+    assert run_engine(tiny_path, "webgpu", work) == [AHEAD, AHEAD, 0, 0, 0]
+
+
 def counted(device, n: int):
     """A program that n runs of make a difference to, and its recording."""
     buffer = device.alloc(256, "probe")

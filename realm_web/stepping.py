@@ -202,10 +202,13 @@ class Stepper:
                 return
             self._asked |= {name for name in FEATURES if getattr(bucket, name)}
             self._submit(batch, bucket, requests)
-        except OutOfDeviceMemory as error:
-            self._blame(error, requests)
         except Exception as error:
-            self._failed(error)
+            if epoch != self._epoch:  # the loss of the device is known already, and being mended
+                return
+            if isinstance(error, OutOfDeviceMemory):
+                self._blame(error, requests)
+            else:
+                self._failed(error)
         finally:
             if self._busy is asyncio.current_task():
                 self._busy = None

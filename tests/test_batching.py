@@ -329,6 +329,29 @@ def test_a_lost_device_is_opened_again_and_answers_go_on(tiny_path, at):
     run(tiny_path, "webgpu", work)
 
 
+def test_a_device_lost_while_a_program_compiles_is_opened_again_only_once(tiny_path, monkeypatch):
+    async def work(engine):
+        prompts = LONG[:50], PROMPT
+        expected = [(await answer(engine, prompt, max_tokens=8))[0] for prompt in prompts]
+        reopen, opened = engine.model.reopen, []
+
+        async def counted():
+            opened.append(True)
+            return await reopen()
+
+        async def fails_late(bucket):
+            engine.stepper._failed(DeviceLost("gone, says a step in flight"))
+            raise DeviceLost("gone, says the compiler a little later")
+
+        object.__setattr__(engine.model, "reopen", counted)
+        monkeypatch.setattr(engine.stepper.runner, "compile", fails_late)
+        found = await asyncio.gather(*(answer(engine, prompt, max_tokens=8) for prompt in prompts))
+        assert [ids for ids, _, _ in found] == expected
+        assert len(opened) == 1
+
+    run(tiny_path, "webgpu", work)
+
+
 def test_a_device_that_stays_lost_is_told_to_all(tiny_path, monkeypatch):
     async def work(engine):
         async def gone(*_):

@@ -103,6 +103,8 @@ def check_sizes(sizes: Sizes, config: ModelConfig) -> int:
         )
     if sizes.kv_type not in KV_TYPES:
         raise RequestError(f"kv_type {sizes.kv_type!r}: use {', '.join(KV_TYPES)}")
+    if isinstance(sizes.kv_tokens, int) and sizes.kv_tokens < 2:
+        raise RequestError(f"kv_tokens {sizes.kv_tokens}: give 2 or more tokens, or 'max'")
     context = sizes.context
     if context is None:
         context = min(config.context_length, DEFAULT_CONTEXT)

@@ -415,6 +415,7 @@ def test_sizes_that_make_no_sense_are_refused(tiny_path):
 
     for sizes, words in (
         ({"context": 400, "kv_tokens": 300}, "kv_tokens 300: less than the context of one request, 400"),
+        ({"kv_tokens": -5}, "kv_tokens -5: give 2 or more"),
         ({"max_seqs": 65}, "max_seqs 65"),
         ({"kv_type": "q4"}, "kv_type"),
     ):

@@ -111,19 +111,6 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   }
   # endfor
   # elif made == "halves"
-  // those beyond the row repeat its last
-  var most = abs(v0);
-  # for i in range(1, items)
-  most = max(most, abs(v{{ i }}));
-  # endfor
-{{ halves.power("highest(max(max(most.x, most.y), max(most.z, most.w)), lid)") }}
-  # for i in range(items)
-  if (live && at{{ i }} < {{ columns }}u) {
-    y[{{ halves.place("at%d" % i, "m", rows) }}] = {{ halves.packed("v%d * to_one" % i) }};
-  }
-  # endfor
-  if (live && lid == 0u) {
-    scale[m] = {{ halves.scale() }};
-  }
+{{ halves.store(items, columns, rows) }}
   # endif
 }

@@ -23,3 +23,21 @@ bitcast<f32>(power) / 64.0
 # macro packed(v)
 vec2<u32>(pack2x16float(({{ v }}).xz), pack2x16float(({{ v }}).yw))
 # endmacro
+
+{# What kernels of a row end in: a thread's values v0, v1... times `factor` to y, the row's scale to scale. Values stand at
+   at0, at1... of `quads`; those beyond the row repeat its last. Needs m, live, lid and the reduction `highest`. #}
+# macro store(items, quads, rows)
+  var most = abs(v0);
+  # for i in range(1, items)
+  most = max(most, abs(v{{ i }}));
+  # endfor
+{{ power("highest(max(max(most.x, most.y), max(most.z, most.w)), lid)") }}
+  # for i in range(items)
+  if (live && at{{ i }} < {{ quads }}u) {
+    y[{{ place("at%d" % i, "m", rows) }}] = {{ packed("v%d * to_one" % i) }};
+  }
+  # endfor
+  if (live && lid == 0u) {
+    scale[m] = {{ scale() }};
+  }
+# endmacro
